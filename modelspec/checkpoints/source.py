@@ -1,0 +1,86 @@
+"""From what a user names (a directory, a file, a Hub id, a variant's name) to a file on this disk."""
+
+import re
+from pathlib import Path
+
+from modelspec.checkpoints.errors import SourceError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def resolve_file(source: str | Path, filename: str, revision: str | None = None) -> str:
+    """Returns the local path of `filename` as `source` holds it.
+
+    Args:
+        source: a directory; a file, whose directory is then searched (the file itself if it bears the name); a Hub
+            id such as `"MBZUAI/swiftformer-xs"`; or the name of a published variant such as `"swiftformer-xs"`.
+        filename: for example `"config.json"`.
+        revision: branch, tag or commit of the Hub repository.
+
+    Raises:
+        SourceError: (an `OSError`) there is no such file, huggingface_hub is not installed, or the Hub cannot be
+            reached and its cache does not hold the file.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        path = path.parent
+    if path.is_dir():
+        if (path / filename).is_file():
+            return str(path / filename)
+        present = sorted(entry.name for entry in path.iterdir())
+        raise SourceError(f"{path} holds no {filename}; it holds {', '.join(present) or 'nothing'}")
+    text = str(source)
+    if not _HUB_ID.fullmatch(text):
+        raise SourceError(f"{text!r} is neither a file or directory here nor a Hub id of the form 'owner/name'")
+    return _download(_hub_id(text), filename, revision)
+
+
+def _hub_id(name: str) -> str:
+    from modelspec.configs.catalog import get_variant
+
+    try:
+        return get_variant(name).hub_id
+    except ValueError:
+        return name
+
+
+def _download(hub_id: str, filename: str, revision: str | None) -> str:
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import (
+            EntryNotFoundError,
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
+    except ImportError as error:
+        raise SourceError(
+            f"{hub_id!r} is no file or directory here; to read it from the Hub, pip install 'twinzoo[hub]'"
+        ) from error
+    try:
+        return hf_hub_download(hub_id, filename, revision=revision)
+    except LocalEntryNotFoundError as error:
+        raise SourceError(
+            f"{hub_id!r} is no file or directory here, the Hub cannot be reached, and its cache holds no {filename}"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise SourceError(f"{hub_id!r} is no file or directory here and no repository on the Hub") from error
+    except RevisionNotFoundError as error:
+        raise SourceError(f"{hub_id!r} has no revision {revision!r} on the Hub") from error
+    except EntryNotFoundError as error:
+        raise SourceError(f"{hub_id!r} holds no {filename} on the Hub") from error
+    except (HFValidationError, HfHubHTTPError, OSError) as error:
+        raise SourceError(f"{filename} of {hub_id!r} cannot be fetched: {error}") from error
+
+
+def resolve_weights(source: str | Path, revision: str | None = None) -> str:
+    """Returns the local path of the weights that `source` names (see `resolve_file`): `model.safetensors`.
+
+    A `source` that is itself a `.safetensors` file is taken as it is, whatever its name.
+    """
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix == ".safetensors":
+        return str(path)
+    return resolve_file(source, "model.safetensors", revision)

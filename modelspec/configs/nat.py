@@ -1,0 +1,173 @@
+"""NAT (Hassani et al., CVPR 2023, arXiv:2204.07143) and DiNAT (Hassani and Shi, 2022, arXiv:2209.15001).
+
+NAT is DiNAT with every dilation 1. Defaults are those of the reference implementation's code, not of its older page.
+"""
+
+from typing import Any, ClassVar, Self
+
+from modelspec.configs.base import (
+    ACTIVATION,
+    FLAG,
+    NOT_NEGATIVE,
+    POSITIVE,
+    RATE,
+    ModelConfig,
+    Rule,
+    config_class,
+    list_of,
+    setting,
+    whole,
+)
+from modelspec.configs.stages import resolve_out_features
+
+
+def _odd(value):
+    value = whole(3).convert(value)
+    if value % 2 == 0:
+        raise ValueError
+    return value
+
+
+class OutStages:
+    """`out_features` or `out_indices`: None means the last stage, also after `depths` has changed."""
+
+    def __set_name__(self, owner, name):
+        self.name = name
+
+    def __get__(self, config, owner=None):
+        if config is None:
+            return None
+        features, indices = config.__dict__["out_features"], config.__dict__["out_indices"]
+        if config._constructed and features is None:
+            features, indices = resolve_out_features(config.stage_names)
+        return list(features) if self.name == "out_features" else list(indices)
+
+    def __set__(self, config, value):
+        if config._constructed:
+            config._choose_stages(**{"out_features": None, "out_indices": None, self.name: value})
+        else:
+            config.__dict__[self.name] = value
+
+
+@config_class
+class NeighborhoodConfig(ModelConfig):
+    """What NAT and DiNAT share: a hierarchy of stages, each half the size and twice the width of the one before.
+
+    Attributes:
+        patch_size: always 4, the stem's two strides of 2.
+        num_channels: channels of the image.
+        embed_dim: width of the first stage; stage i has embed_dim * 2**i.
+        depths: blocks per stage.
+        num_heads: heads per stage (also as `num_attention_heads`); each divides the stage's width.
+        kernel_size: side of the neighborhood in tokens, odd.
+        mlp_ratio: hidden width of the MLP over the stage's width.
+        qkv_bias: biases on query, key and value.
+        hidden_dropout_prob, attention_probs_dropout_prob: dropout rates.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0 at the first.
+        hidden_act: activation of the MLP; a name or a function.
+        initializer_range: standard deviation of initial weights.
+        layer_norm_eps: epsilon of the blocks' and the final LayerNorm (the others are fixed at 1e-5).
+        layer_scale_init_value: initial value of the layer scale; 0 means that there is none.
+        out_features, out_indices: the stages a backbone returns, see `stages.resolve_out_features`.
+    """
+
+    attribute_map: ClassVar[dict[str, str]] = {"num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"}
+    derived: ClassVar[tuple[str, ...]] = ("num_layers", "hidden_size", "stage_names")
+
+    patch_size: int = setting(4, Rule("4, the only one there is", whole(4, 4).convert))
+    num_channels: int = setting(3, whole(1))
+    embed_dim: int = setting(64, whole(2))
+    depths: list[int] = setting([3, 4, 6, 5], list_of(whole(1)))
+    num_heads: list[int] = setting([2, 4, 8, 16], list_of(whole(1)))
+    kernel_size: int = setting(7, Rule("an odd int, 3 or more", _odd))
+    mlp_ratio: float = setting(3.0, POSITIVE)
+    qkv_bias: bool = setting(True, FLAG)
+    hidden_dropout_prob: float = setting(0.0, RATE)
+    attention_probs_dropout_prob: float = setting(0.0, RATE)
+    drop_path_rate: float = setting(0.1, RATE)
+    hidden_act: Any = setting("gelu", ACTIVATION)
+    initializer_range: float = setting(0.02, NOT_NEGATIVE)
+    layer_norm_eps: float = setting(1e-5, POSITIVE)
+    layer_scale_init_value: float = setting(0.0, NOT_NEGATIVE)
+    out_features: list[str] | None = OutStages()
+    out_indices: list[int] | None = OutStages()
+
+    @property
+    def num_layers(self) -> int:
+        """Number of stages."""
+        return len(self.depths)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the last stage. Published DiNAT files say 512 whatever the model, so it is computed."""
+        return self.embed_dim * 2 ** (self.num_layers - 1)
+
+    @property
+    def stage_names(self) -> list[str]:
+        """`["stem", "stage1", ...]`."""
+        return ["stem", *(f"stage{stage + 1}" for stage in range(self.num_layers))]
+
+    def validate(self) -> None:
+        super().validate()
+        self._require_length("num_heads", "depths")
+        for stage, heads in enumerate(self.num_heads):
+            dim = self.embed_dim * 2**stage
+            if dim % heads:
+                self._refuse("num_heads", f"has {heads} for stage {stage + 1}, which does not divide its width {dim}")
+            if int(self.mlp_ratio * dim) < 1:
+                self._refuse("mlp_ratio", f"is {self.mlp_ratio}, which leaves the width {dim} no hidden unit")
+        self._choose_stages(self.__dict__["out_features"], self.__dict__["out_indices"])
+
+    def replace(self, **changes: Any) -> Self:
+        if "out_features" in changes or "out_indices" in changes:
+            changes = {"out_features": None, "out_indices": None, **changes}
+        return super().replace(**changes)
+
+    def _choose_stages(self, out_features, out_indices) -> None:
+        try:
+            features, indices = resolve_out_features(self.stage_names, out_features, out_indices)
+        except ValueError as error:
+            raise ValueError(f"{type(self).__name__}.{error}") from None
+        if indices == [self.num_layers]:
+            features = indices = None
+        self.__dict__.update(out_features=features, out_indices=indices)
+
+
+@config_class
+class NatConfig(NeighborhoodConfig):
+    """Configuration of NAT; all its fields are those of `NeighborhoodConfig`."""
+
+    model_type: ClassVar[str] = "nat"
+    base_model_prefix: ClassVar[str] = "nat"
+
+    @property
+    def dilations(self) -> list[list[int]]:
+        """1 for every block, so that both families' models can be written once."""
+        return [[1] * depth for depth in self.depths]
+
+
+@config_class
+class DinatConfig(NeighborhoodConfig):
+    """Configuration of DiNAT: the fields of `NeighborhoodConfig`, and one more.
+
+    Attributes:
+        dilations: for every stage and block, the step between neighbors in tokens: any ints of 1 or more.
+    """
+
+    model_type: ClassVar[str] = "dinat"
+    base_model_prefix: ClassVar[str] = "dinat"
+
+    dilations: list[list[int]] = setting(
+        [[1, 8, 1], [1, 4, 1, 4], [1, 2, 1, 2, 1, 2], [1, 1, 1, 1, 1]], list_of(list_of(whole(1)))
+    )
+
+    def validate(self) -> None:
+        super().validate()
+        self._require_length("dilations", "depths")
+        for stage, (dilations, depth) in enumerate(zip(self.dilations, self.depths, strict=True)):
+            if len(dilations) != depth:
+                self._refuse(
+                    "dilations",
+                    f"has {len(dilations)} entries for stage {stage + 1}, whose depth is {depth}; "
+                    "give one entry per block",
+                )

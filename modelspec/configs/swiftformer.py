@@ -1,0 +1,94 @@
+"""SwiftFormer (Shaker et al., ICCV 2023, arXiv:2303.15446)."""
+
+from typing import Any, ClassVar
+
+from modelspec.configs.base import (
+    ACTIVATION,
+    FLAG,
+    NOT_NEGATIVE,
+    POSITIVE,
+    RATE,
+    ModelConfig,
+    Rule,
+    config_class,
+    list_of,
+    one_of,
+    setting,
+    whole,
+)
+
+
+def _ratio(value):
+    value = POSITIVE.convert(value)
+    return int(value) if value.is_integer() else value
+
+
+@config_class
+class SwiftFormerConfig(ModelConfig):
+    """Configuration of SwiftFormer: convolutional stages that each end in one block of additive attention.
+
+    Attributes:
+        image_size: side in pixels of the images it was trained on; the maths does not use it.
+        num_channels: channels of the image.
+        depths: blocks per stage, the attention block included.
+        embed_dims: width per stage.
+        mlp_ratio: hidden width over width; an int when whole, as transformers 5 demands of its files.
+        downsamples: whether the map is reduced after each stage; so it is where the width changes. The last is unused.
+        hidden_act: activation of the attention blocks' MLP (the others are fixed); a name or a function.
+        down_patch_size, down_stride, down_pad: kernel, stride and padding of the reduction.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0 at the first.
+        drop_mlp_rate, drop_conv_encoder_rate: dropout rates in the MLP and on the residual of convolution blocks.
+        use_layer_scale: layer scale on the attention blocks' two residuals.
+        layer_scale_init_value: its initial value.
+        batch_norm_eps: epsilon of every BatchNorm.
+        attention_norm: how token weights are normalised: `"softmax"`, over an axis of size 1, as the Hub's checkpoints
+            were trained; or `"l2"`, over the tokens, as the original repository does since July 2023.
+    """
+
+    model_type: ClassVar[str] = "swiftformer"
+    base_model_prefix: ClassVar[str] = "swiftformer"
+    head_keys: ClassVar[tuple[str, ...]] = ("norm", "head", "dist_head")
+    num_labels_keys: ClassVar[tuple[str, ...]] = ("head", "dist_head")
+
+    image_size: int = setting(224, whole(1))
+    num_channels: int = setting(3, whole(1))
+    depths: list[int] = setting([3, 3, 6, 4], list_of(whole(1)))
+    embed_dims: list[int] = setting([48, 56, 112, 220], list_of(whole(2)))
+    mlp_ratio: int | float = setting(4, Rule(POSITIVE.allowed, _ratio))
+    downsamples: list[bool] = setting([True, True, True, True], list_of(FLAG))
+    hidden_act: Any = setting("gelu", ACTIVATION)
+    down_patch_size: int = setting(3, whole(1))
+    down_stride: int = setting(2, whole(1))
+    down_pad: int = setting(1, whole(0))
+    drop_path_rate: float = setting(0.0, RATE)
+    drop_mlp_rate: float = setting(0.0, RATE)
+    drop_conv_encoder_rate: float = setting(0.0, RATE)
+    use_layer_scale: bool = setting(True, FLAG)
+    layer_scale_init_value: float = setting(1e-5, NOT_NEGATIVE)
+    batch_norm_eps: float = setting(1e-5, POSITIVE)
+    attention_norm: str = setting("softmax", one_of("softmax", "l2"), omit_default=True)
+
+    @property
+    def drop_paths(self) -> list[list[float]]:
+        """The drop path rate of every block, per stage: linear from 0 at the very first to the configured rate."""
+        last = max(sum(self.depths) - 1, 1)
+        starts = [sum(self.depths[:stage]) for stage in range(len(self.depths))]
+        return [
+            [self.drop_path_rate * (start + block) / last for block in range(depth)]
+            for start, depth in zip(starts, self.depths, strict=True)
+        ]
+
+    def has_downsampling(self, stage: int) -> bool:
+        """Whether a downsampling follows the stage of that index: if it is asked for, or if the width changes."""
+        if stage + 1 >= len(self.depths):
+            return False
+        return self.downsamples[stage] or self.embed_dims[stage] != self.embed_dims[stage + 1]
+
+    def validate(self) -> None:
+        super().validate()
+        self._require_length("depths", "embed_dims")
+        self._require_length("downsamples", "embed_dims")
+        if int(self.mlp_ratio * min(self.embed_dims)) < 1:
+            self._refuse(
+                "mlp_ratio", f"is {self.mlp_ratio}, which leaves the width {min(self.embed_dims)} no hidden unit"
+            )

@@ -1,0 +1,32 @@
+"""The PyTorch half of twinzoo. Names are those that code written for transformers uses."""
+
+from modelspec import (
+    AutoImageProcessor,
+    CheckpointError,
+    CheckpointWarning,
+    DinatConfig,
+    NatConfig,
+    SourceError,
+    SwiftFormerConfig,
+    ViTMSNConfig,
+)
+from ptmodels.auto import create_model, load
+from ptmodels.swiftformer import SwiftFormerForImageClassification, SwiftFormerModel
+from ptmodels.vit_msn import ViTMSNForImageClassification, ViTMSNModel
+
+__all__ = [
+    "AutoImageProcessor",
+    "CheckpointError",
+    "CheckpointWarning",
+    "DinatConfig",
+    "NatConfig",
+    "SourceError",
+    "SwiftFormerConfig",
+    "ViTMSNConfig",
+    "SwiftFormerForImageClassification",
+    "SwiftFormerModel",
+    "ViTMSNForImageClassification",
+    "ViTMSNModel",
+    "create_model",
+    "load",
+]

@@ -1,0 +1,72 @@
+"""Making and loading a model by name: the class is picked from the config. Twin: `tfmodels/auto.py`."""
+
+import os
+
+from modelspec.checkpoints import initial_weights, parameter_shapes
+from modelspec.configs import get_config, load_config
+from ptmodels.pretrained import PreTrainedModel
+from ptmodels.swiftformer import SwiftFormerForImageClassification, SwiftFormerModel
+from ptmodels.vit_msn import ViTMSNForImageClassification, ViTMSNModel
+
+_CLASSES: dict[str, dict[str, type[PreTrainedModel]]] = {
+    "swiftformer": {"Model": SwiftFormerModel, "ForImageClassification": SwiftFormerForImageClassification},
+    "vit_msn": {"Model": ViTMSNModel, "ForImageClassification": ViTMSNForImageClassification},
+}
+
+
+def model_class(model_type: str, architecture: str = "ForImageClassification") -> type[PreTrainedModel]:
+    """Returns the class of a family, for example `model_class("swiftformer", "Model")`.
+
+    Raises:
+        ValueError: this half has no such family or architecture.
+    """
+    try:
+        return _CLASSES[model_type][architecture]
+    except KeyError:
+        available = ", ".join(f"{family} ({', '.join(classes)})" for family, classes in _CLASSES.items())
+        raise ValueError(f"there is no {architecture} of {model_type!r}; there are {available}") from None
+
+
+def create_model(
+    name: str,
+    *,
+    num_labels: int | None = None,
+    seed: int = 0,
+    architecture: str = "ForImageClassification",
+    config_overrides: dict | None = None,
+    **kwargs,
+) -> PreTrainedModel:
+    """Makes a published variant with fresh weights, the same numbers in both frameworks for the same seed.
+
+    Args:
+        name: a variant, see `modelspec.list_models`.
+        num_labels: size of the head; the published one by default.
+        seed: of the initialisation, which is the reference's, drawn in NumPy.
+        architecture: `"ForImageClassification"` or `"Model"`.
+        config_overrides: config fields that differ from the published ones.
+        **kwargs: arguments of the class's `from_weights`: `dtype`, `attn_implementation`, `use_mask_token`.
+
+    Raises:
+        ValueError: the variant or a value is unknown.
+    """
+    config = get_config(name, **(config_overrides or {}))
+    if num_labels is not None:
+        config.num_labels = num_labels
+    cls = model_class(config.model_type, architecture)
+    shapes = parameter_shapes(config, architecture, use_mask_token=bool(kwargs.get("use_mask_token")))
+    return cls.from_weights(config, initial_weights(config, shapes, seed), **kwargs)
+
+
+def load(source: str | os.PathLike, *, revision: str | None = None, **kwargs) -> PreTrainedModel:
+    """Loads a checkpoint into the class that its `config.json` names (`architectures`), else the one with a head.
+
+    Args:
+        source: see `from_pretrained`.
+        revision: branch, tag or commit of a Hub repository.
+        **kwargs: see `from_pretrained`.
+    """
+    config = load_config(source, revision=revision)
+    named = config.architectures or []
+    bare = bool(named) and all(name.endswith("Model") for name in named) and "num_labels" not in kwargs
+    cls = model_class(config.model_type, "Model" if bare else "ForImageClassification")
+    return cls.from_pretrained(source, revision=revision, **kwargs)

@@ -1,0 +1,240 @@
+"""What all models share: making, loading and saving them. Twin: `tfmodels/pretrained.py`."""
+
+import collections
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from modelspec.atomic_file import atomic_file
+from modelspec.checkpoints import initial_weights, match_checkpoint, read_safetensors, resolve_weights
+from modelspec.configs import ModelConfig
+from modelspec.configs.outputs import ModelOutput
+
+ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
+CallOptions = collections.namedtuple("CallOptions", "output_hidden_states output_attentions return_dict")
+
+
+class PreTrainedModel(nn.Module):
+    """Base of every model: a config, seeded weights, checkpoints.
+
+    Constructing a model draws the reference's initialisation from torch's own seed (`torch.manual_seed`).
+    """
+
+    config_class: type[ModelConfig]
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: ModelConfig):
+        if not isinstance(config, self.config_class):
+            raise ValueError(
+                f"{type(self).__name__} takes a {self.config_class.__name__}, not a {type(config).__name__}"
+            )
+        super().__init__()
+        self.config = config
+        self.attn_implementation = "sdpa"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameters."""
+        return next(self.parameters()).dtype
+
+    def set_attn_implementation(self, attn_implementation: str) -> None:
+        """Chooses `"sdpa"` (torch's fused attention) or `"eager"` (matmul, softmax, matmul).
+
+        Raises:
+            ValueError: another name.
+        """
+        if attn_implementation not in ATTENTION_IMPLEMENTATIONS:
+            allowed = ", ".join(ATTENTION_IMPLEMENTATIONS)
+            raise ValueError(f"attn_implementation is {attn_implementation!r}; allowed are {allowed}")
+        for module in self.modules():
+            if isinstance(module, PreTrainedModel):
+                module.attn_implementation = attn_implementation
+
+    def num_parameters(self) -> int:
+        """Counts the elements of all parameters."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def checkpoint_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns checkpoint key -> shape of every parameter and buffer."""
+        return {key: tuple(value.shape) for key, value in self.state_dict().items()}
+
+    def initialize_weights(self) -> None:
+        """Draws the reference's initialisation from torch's own seed; a model on the meta device is left alone."""
+        if self.device.type == "meta":
+            return
+        if getattr(self, self.config.base_model_prefix, None) is not None:
+            # the body has drawn its own
+            shapes = {key: shape for key, shape in self.checkpoint_shapes().items() if self._is_head(key)}
+        else:
+            shapes = self.checkpoint_shapes()
+        drawn = initial_weights(self.config, shapes, _framework_seed())
+        self.load_state_dict({key: torch.from_numpy(value) for key, value in drawn.items()}, strict=False)
+
+    def _is_head(self, key: str) -> bool:
+        return key.split(".")[0] in self.config.head_keys
+
+    def check_pixel_values(self, pixel_values: torch.Tensor | None) -> torch.Tensor:
+        """Returns the images in the dtype of the parameters.
+
+        Raises:
+            ValueError: they are missing or not (B, num_channels, H, W).
+        """
+        if pixel_values is None:
+            raise ValueError(f"{type(self).__name__} needs pixel_values")
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}; "
+                f"{type(self).__name__} takes (B, {self.config.num_channels}, H, W)"
+            )
+        return pixel_values.to(self.dtype)
+
+    def call_options(self, **given: bool | None) -> CallOptions:
+        """Fills what a call left open (None) from the config."""
+        return CallOptions(
+            *(
+                getattr(self.config, name) if given.get(name) is None else bool(given[name])
+                for name in CallOptions._fields
+            )
+        )
+
+    @classmethod
+    def from_weights(cls, config: ModelConfig, tensors: dict, *, dtype=None, attn_implementation="sdpa", **kwargs):
+        """Makes a model from a config and all its weights, without drawing any.
+
+        Args:
+            config: the model's config.
+            tensors: checkpoint key -> NumPy array, complete.
+            dtype: floating dtype of the model, as a `torch.dtype` or its name; float32 by default.
+            attn_implementation: see `set_attn_implementation`.
+            **kwargs: further constructor arguments.
+        """
+        dtype = _torch_dtype(dtype)
+        with torch.device("meta"):
+            model = cls(config, **kwargs)
+        state = {}
+        for key, value in tensors.items():
+            tensor = torch.from_numpy(value)
+            # a copy, since the arrays stay the caller's
+            state[key] = tensor.to(dtype, copy=True) if tensor.is_floating_point() else tensor.clone()
+        model.load_state_dict(state, assign=True)
+        model.set_attn_implementation(attn_implementation)
+        return model
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike,
+        *,
+        config: ModelConfig | None = None,
+        num_labels: int | None = None,
+        dtype: str | torch.dtype | None = None,
+        torch_dtype: str | torch.dtype | None = None,
+        attn_implementation: str = "sdpa",
+        revision: str | None = None,
+        output_loading_info: bool = False,
+        **kwargs,
+    ):
+        """Loads a checkpoint, in evaluation mode.
+
+        A head that the file lacks, or one for another number of labels than `num_labels`, is newly initialised from
+        torch's own seed, and a `CheckpointWarning` says so.
+
+        Args:
+            source: a directory with `config.json` and `model.safetensors`, a `.safetensors` file beside its
+                `config.json`, a Hub id, or the name of a published variant.
+            config: use this config instead of the source's.
+            num_labels: size of the head; the source's by default.
+            dtype: floating dtype of the model; float32 by default, `"auto"` for the file's own.
+            torch_dtype: another name of `dtype`.
+            attn_implementation: `"sdpa"` or `"eager"`.
+            revision: branch, tag or commit of a Hub repository.
+            output_loading_info: also return the `LoadReport` of missing, unexpected and mismatched keys.
+            **kwargs: config fields to override, and further constructor arguments (`use_mask_token`).
+
+        Raises:
+            SourceError: the source cannot be found or reached.
+            CheckpointError: the file is truncated, foreign, or does not fit the config.
+            ValueError: a bad config.
+        """
+        constructor = {name: kwargs.pop(name) for name in cls.constructor_arguments if name in kwargs}
+        if num_labels is not None:
+            kwargs["num_labels"] = num_labels
+        if config is None:
+            config = cls.config_class.from_pretrained(source, revision=revision)
+        config = config.replace(**kwargs)
+        checkpoint = read_safetensors(resolve_weights(source, revision))
+        dtype = dtype if dtype is not None else torch_dtype
+        with torch.device("meta"):
+            expected = cls(config, **constructor).checkpoint_shapes()
+        tensors, report = match_checkpoint(
+            config, expected, checkpoint.tensors, checkpoint.path, replace_head=num_labels is not None
+        )
+        fresh = {key: expected[key] for key in report.newly_initialised}
+        if fresh:
+            tensors.update(initial_weights(config, fresh, _framework_seed()))
+        model = cls.from_weights(
+            config,
+            tensors,
+            dtype=checkpoint.dtype if dtype == "auto" else dtype,
+            attn_implementation=attn_implementation,
+            **constructor,
+        )
+        report.warn(checkpoint.path)
+        model.eval()
+        return (model, report) if output_loading_info else model
+
+    constructor_arguments: tuple[str, ...] = ()
+
+    def checkpoint_tensors(self) -> dict[str, torch.Tensor]:
+        """Returns checkpoint key -> contiguous tensor on the CPU, in the layouts of the canonical form."""
+        return {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
+
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """Writes `config.json` and `model.safetensors` into `directory`, which is made if need be.
+
+        Each file is replaced atomically. What is written loads into both halves and into transformers.
+        """
+        from safetensors.torch import save_file
+
+        directory = Path(directory)
+        config = self.config.replace(architectures=[type(self).__name__], dtype=str(self.dtype).removeprefix("torch."))
+        text = config.to_json_string()  # a config that cannot be written fails before any file is touched
+        directory.mkdir(parents=True, exist_ok=True)
+        with atomic_file(directory / "model.safetensors") as temporary:
+            save_file(self.checkpoint_tensors(), temporary, metadata={"format": "pt"})
+        with atomic_file(directory / "config.json") as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def _framework_seed() -> int:
+    return int(torch.randint(0, 2**31 - 1, (), device="cpu"))
+
+
+def _torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    name = "float32" if dtype is None else str(dtype).removeprefix("torch.")
+    if name not in ("float64", "float32", "float16", "bfloat16"):
+        raise ValueError(f"dtype is {dtype!r}; allowed are float64, float32, float16, bfloat16 and auto")
+    return getattr(torch, name)
+
+
+def _register_output(output_class: type[ModelOutput]) -> None:
+    # torch.export, torch.compile and data parallelism look into outputs through this registry
+    torch.utils._pytree.register_pytree_node(
+        output_class,
+        lambda output: (list(output.values()), list(output.keys())),
+        lambda values, keys: output_class(zip(keys, values, strict=True)),
+        serialized_type_name=f"twinzoo.{output_class.__name__}",
+    )
+
+
+for _output_class in ModelOutput.__subclasses__():
+    _register_output(_output_class)

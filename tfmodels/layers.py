@@ -1,0 +1,184 @@
+"""Layers that the families share. Twin: `ptmodels/layers.py`.
+
+Keras' own layers, told the sizes of their inputs, so that a model has all its variables as soon as it is constructed,
+and corrected where Keras computes something else than PyTorch. All of them work channels-last.
+"""
+
+from collections.abc import Callable
+
+import keras
+from keras import ops
+
+
+def _gelu(x):
+    # Keras' exact GELU holds a float32 constant, 5e-9 off in float64; and ONNX exporters know erf, not erfc
+    return 0.5 * x * (1.0 + ops.erf(x * 0.5**0.5))
+
+
+def _gelu_tanh(x):
+    return 0.5 * x * (1.0 + ops.tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))  # sqrt(2 / pi)
+
+
+def _selu(x):
+    scale, alpha = 1.0507009873554804934193349852946, 1.6732632423543772848170429916717
+    return scale * ops.where(x > 0, x, alpha * ops.expm1(ops.minimum(x, ops.zeros_like(x))))
+
+
+ACTIVATIONS: dict[str, Callable] = {
+    "gelu": _gelu,
+    "gelu_new": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "relu": ops.relu,
+    "selu": _selu,
+    "silu": ops.silu,
+}
+
+
+def get_activation(activation: str | Callable) -> Callable:
+    """Returns the function that a config's `hidden_act` names; a function is returned as it is."""
+    return activation if callable(activation) else ACTIVATIONS[activation]
+
+
+def l2_normalize(x, axis: int):
+    """Divides by the L2 norm along `axis`, the norm floored at 1e-12 as torch does (Keras floors its square)."""
+    norm = ops.sqrt(ops.sum(ops.square(x), axis=axis, keepdims=True))
+    floor = ops.convert_to_tensor(1e-12, dtype=x.dtype)
+    return x / ops.maximum(norm, floor)
+
+
+class Dense(keras.layers.Dense):
+    """`y = x W + b`. Input: (..., in_features). Output: (..., out_features)."""
+
+    def __init__(self, in_features: int, out_features: int, use_bias: bool = True):
+        super().__init__(out_features, use_bias=use_bias, kernel_initializer="zeros")
+        self.build((None, in_features))
+
+
+class Conv2D(keras.layers.Conv2D):
+    """Convolution with explicit zero padding on all sides, which Keras' "same" does not do for strides.
+
+    Input: (B, H, W, in_channels). Output: (B, floor((H + 2 padding - kernel_size) / strides) + 1, ..., out_channels).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        strides: int = 1,
+        padding: int = 0,
+        use_bias: bool = True,
+    ):
+        super().__init__(
+            out_channels,
+            kernel_size,
+            strides=strides,
+            padding="valid",
+            data_format="channels_last",
+            use_bias=use_bias,
+            kernel_initializer="zeros",
+        )
+        self.zero_padding = padding
+        self.build((None, None, None, in_channels))
+
+    def call(self, x):
+        return super().call(_zero_pad(x, self.zero_padding))
+
+
+class DepthwiseConv2D(keras.layers.DepthwiseConv2D):
+    """Depth-wise convolution with explicit zero padding. Input and output: (B, H, W, channels)."""
+
+    def __init__(self, channels: int, kernel_size: int, padding: int = 0):
+        super().__init__(kernel_size, padding="valid", data_format="channels_last", depthwise_initializer="zeros")
+        self.zero_padding = padding
+        self.build((None, None, None, channels))
+
+    def call(self, x):
+        return super().call(_zero_pad(x, self.zero_padding))
+
+
+def _zero_pad(x, padding: int):
+    if padding == 0:
+        return x
+    return ops.pad(x, [[0, 0], [padding, padding], [padding, padding], [0, 0]])
+
+
+class LayerNormalization(keras.layers.LayerNormalization):
+    """Normalises the last axis. Input and output: (..., features)."""
+
+    def __init__(self, features: int, epsilon: float):
+        super().__init__(axis=-1, epsilon=epsilon)
+        self.build((None, features))
+
+
+class BatchNormalization(keras.layers.BatchNormalization):
+    """Batch normalization whose statistics follow torch's exactly. Input and output: (B, H, W, features).
+
+    Keras keeps the biased variance of the batch, torch the unbiased one; torch also counts its batches. Normalising
+    uses the biased variance in both. `momentum` is Keras': 0.9 here is torch's 0.1.
+    """
+
+    def __init__(self, features: int, epsilon: float):
+        super().__init__(axis=-1, momentum=0.9, epsilon=epsilon)
+        self.build((None, None, None, features))
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        self.num_batches_tracked = self.add_weight(
+            name="num_batches_tracked", shape=(), dtype="int64", initializer="zeros", trainable=False
+        )
+
+    def call(self, x, training=None):
+        if not (training and self.trainable):
+            return super().call(x, training=False)
+        outputs = self._normalize_by_batch(x)
+        self.num_batches_tracked.assign(self.num_batches_tracked + 1)
+        return outputs
+
+    def _normalize_by_batch(self, x):
+        half = keras.backend.standardize_dtype(x.dtype) in ("float16", "bfloat16")
+        inputs = ops.cast(x, "float32") if half else x
+        mean, variance = self._moments(inputs, None)  # synchronizes replicas when asked to
+        count = self._elements_per_channel(inputs)
+        unbiased = variance * (count / ops.maximum(count - 1, ops.ones_like(count)))
+        for statistic, value in ((self.moving_mean, mean), (self.moving_variance, unbiased)):
+            value = ops.cast(value, statistic.dtype)
+            statistic.assign(statistic * self.momentum + value * (1.0 - self.momentum))
+        gamma, beta = ops.cast(self.gamma, mean.dtype), ops.cast(self.beta, mean.dtype)
+        outputs = ops.batch_normalization(
+            inputs, mean=mean, variance=variance, axis=-1, offset=beta, scale=gamma, epsilon=self.epsilon
+        )
+        return ops.cast(outputs, self.compute_dtype)
+
+    def _elements_per_channel(self, x):
+        shape = ops.shape(x)
+        count = ops.cast(ops.prod(ops.stack(shape[:-1])), x.dtype)
+        if self.synchronized:
+            # every replica sees its own part of the batch
+            import tensorflow as tf
+
+            context = tf.distribute.get_replica_context()
+            if context is not None:
+                count = context.all_reduce(tf.distribute.ReduceOp.SUM, count)
+        return count
+
+
+class DropPath(keras.layers.Layer):
+    """Stochastic depth: in training, zeroes whole samples with probability `rate` and scales the others up.
+
+    Input and output: (B, ...). Source: Huang et al., Deep Networks with Stochastic Depth, 2016.
+    """
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+        self.seed_generator = keras.random.SeedGenerator() if rate > 0.0 else None
+        self.built = True
+
+    def call(self, x, training=None):
+        if not training or self.rate == 0.0:
+            return x
+        keep = 1.0 - self.rate
+        shape = (ops.shape(x)[0],) + (1,) * (len(x.shape) - 1)
+        draw = keras.random.uniform(shape, dtype="float32", seed=self.seed_generator)
+        return x * (ops.cast(draw < keep, x.dtype) / keep)

@@ -1,0 +1,351 @@
+"""What all models share: making, loading and saving them, inputs and training. Twin: `ptmodels/pretrained.py`."""
+
+import collections
+import contextlib
+import functools
+import inspect
+import os
+from pathlib import Path
+
+import keras
+import numpy as np
+import optree
+from keras import ops
+
+from modelspec.atomic_file import atomic_file
+from modelspec.checkpoints import initial_weights, match_checkpoint, read_safetensors, resolve_weights
+from modelspec.configs import ModelConfig, config_from_dict
+from modelspec.configs.outputs import ModelOutput
+from tfmodels.losses import image_classification_loss
+from tfmodels.weights import assign_weights, checkpoint_variables, read_weights
+
+ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
+DATA_FORMATS = ("channels_first", "channels_last")
+CallOptions = collections.namedtuple("CallOptions", "output_hidden_states output_attentions return_dict")
+
+
+def unpack_inputs(call):
+    """Lets a model's `call` take its inputs as one list, tuple or dict in the first argument, as well as by keyword."""
+    names = list(inspect.signature(call).parameters)[1:]
+
+    @functools.wraps(call)
+    def unpacked(self, *args, **kwargs):
+        if args and isinstance(args[0], (list, tuple)):
+            if len(args[0]) > len(names):
+                raise ValueError(f"{len(args[0])} inputs were given; {type(self).__name__} takes {', '.join(names)}")
+            kwargs = dict(zip(names, args[0], strict=False)) | kwargs
+            args = ()
+        elif args and isinstance(args[0], dict):
+            unknown = [name for name in args[0] if name not in names]
+            if unknown:
+                raise ValueError(f"inputs {unknown} are unknown; {type(self).__name__} takes {', '.join(names)}")
+            kwargs = {name: value for name, value in args[0].items() if value is not None} | kwargs
+            args = ()
+        return call(self, *args, **kwargs)
+
+    return unpacked
+
+
+class TFPreTrainedModel(keras.Model):
+    """Base of every model: a config, seeded weights, checkpoints, and Keras training with the model's own loss.
+
+    Constructing a model draws the reference's initialisation from Keras' own seed (`keras.utils.set_random_seed`).
+
+    Args:
+        config: the model's config.
+        data_format: how images and feature maps lie in inputs and outputs: `"channels_first"` (B, C, H, W), as
+            documented, or `"channels_last"` (B, H, W, C). Inside, models always work channels-last.
+        attn_implementation: `"sdpa"` (Keras' `dot_product_attention`) or `"eager"` (matmul, softmax, matmul).
+        **kwargs: `name`, `dtype` (a Keras dtype policy, for example `"mixed_bfloat16"`), `trainable`.
+    """
+
+    config_class: type[ModelConfig]
+    main_input_name = "pixel_values"
+    constructor_arguments: tuple[str, ...] = ()
+
+    def __init__(
+        self, config: ModelConfig, *, data_format: str = "channels_first", attn_implementation: str = "sdpa", **kwargs
+    ):
+        if not isinstance(config, self.config_class):
+            raise ValueError(
+                f"{type(self).__name__} takes a {self.config_class.__name__}, not a {type(config).__name__}"
+            )
+        if data_format not in DATA_FORMATS:
+            raise ValueError(f"data_format is {data_format!r}; allowed are {', '.join(DATA_FORMATS)}")
+        super().__init__(**kwargs)
+        self.config = config
+        self.data_format = data_format
+        self.set_attn_implementation(attn_implementation)
+
+    def set_attn_implementation(self, attn_implementation: str) -> None:
+        """Chooses `"sdpa"` (Keras' `dot_product_attention`) or `"eager"` (matmul, softmax, matmul).
+
+        Raises:
+            ValueError: another name.
+        """
+        if attn_implementation not in ATTENTION_IMPLEMENTATIONS:
+            allowed = ", ".join(ATTENTION_IMPLEMENTATIONS)
+            raise ValueError(f"attn_implementation is {attn_implementation!r}; allowed are {allowed}")
+        self.attn_implementation = attn_implementation
+        body = getattr(self, self.config.base_model_prefix, None)
+        if body is not None:
+            body.set_attn_implementation(attn_implementation)
+
+    @contextlib.contextmanager
+    def building(self):
+        """Inside, layers are made under this model's dtype policy; on leaving, its weights are drawn."""
+        previous = keras.config.dtype_policy()
+        keras.config.set_dtype_policy(self.dtype_policy)
+        try:
+            with _drawing_deferred():
+                yield
+        finally:
+            keras.config.set_dtype_policy(previous)
+        self.built = True
+        self.initialize_weights()
+
+    def build(self, input_shape=None):
+        """Does nothing: the constructor has built every layer."""
+        self.built = True
+
+    def num_parameters(self) -> int:
+        """Counts the elements of all weights but the statistics of batch normalization."""
+        statistics = ("running_mean", "running_var", "num_batches_tracked")
+        shapes = self.checkpoint_shapes()
+        return sum(int(np.prod(shape)) for key, shape in shapes.items() if key.rpartition(".")[2] not in statistics)
+
+    def checkpoint_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns checkpoint key -> shape of every weight, in the checkpoint's layouts."""
+        return {key: entry.shape for key, entry in checkpoint_variables(self).items()}
+
+    def initialize_weights(self) -> None:
+        """Draws the reference's initialisation from Keras' own seed; inside `_drawing_deferred` nothing is drawn."""
+        if _deferred:
+            return
+        assign_weights(self, initial_weights(self.config, self.checkpoint_shapes(), _framework_seed()))
+
+    def images_to_channels_last(self, pixel_values):
+        """Returns the images as (B, H, W, C) in the compute dtype.
+
+        Raises:
+            ValueError: they are missing or not of the shape that `data_format` names.
+        """
+        channels = self.config.num_channels
+        first = self.data_format == "channels_first"
+        expected = f"(B, {channels}, H, W)" if first else f"(B, H, W, {channels})"
+        if pixel_values is None:
+            raise ValueError(f"{type(self).__name__} needs pixel_values {expected}")
+        pixel_values = ops.cast(pixel_values, self.compute_dtype)
+        shape = tuple(pixel_values.shape)
+        if len(shape) != 4 or shape[1 if first else 3] not in (channels, None):
+            raise ValueError(
+                f"pixel_values has shape {shape}; {type(self).__name__} takes {expected} (data_format={self.data_format!r})"
+            )
+        return ops.transpose(pixel_values, (0, 2, 3, 1)) if first else pixel_values
+
+    def from_channels_last(self, feature_map):
+        """Returns a (B, H, W, C) feature map as `data_format` wants it; None stays None."""
+        if feature_map is None or self.data_format == "channels_last":
+            return feature_map
+        return ops.transpose(feature_map, (0, 3, 1, 2))
+
+    def call_options(self, **given) -> CallOptions:
+        """Fills what a call left open (None) from the config."""
+        return CallOptions(
+            *(
+                getattr(self.config, name) if given.get(name) is None else bool(given[name])
+                for name in CallOptions._fields
+            )
+        )
+
+    # Checkpoints
+
+    @classmethod
+    def from_weights(cls, config: ModelConfig, tensors: dict[str, np.ndarray], *, dtype=None, **kwargs):
+        """Makes a model from a config and all its weights, without drawing any.
+
+        Args:
+            config: the model's config.
+            tensors: checkpoint key -> array in the checkpoint's layout, complete.
+            dtype: a dtype or Keras dtype policy; Keras' global policy by default.
+            **kwargs: further constructor arguments.
+        """
+        with _drawing_deferred():
+            model = cls(config, dtype=_policy(dtype), **kwargs)
+        assign_weights(model, tensors)
+        return model
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike,
+        *,
+        config: ModelConfig | None = None,
+        num_labels: int | None = None,
+        dtype=None,
+        torch_dtype=None,
+        revision: str | None = None,
+        output_loading_info: bool = False,
+        data_format: str = "channels_first",
+        attn_implementation: str = "sdpa",
+        **kwargs,
+    ):
+        """Loads a checkpoint.
+
+        A head that the file lacks, or one for another number of labels than `num_labels`, is newly initialised from
+        Keras' own seed, and a `CheckpointWarning` says so.
+
+        Args:
+            source: a directory with `config.json` and `model.safetensors`, a `.safetensors` file beside its
+                `config.json`, a Hub id, or the name of a published variant.
+            config: use this config instead of the source's.
+            num_labels: size of the head; the source's by default.
+            dtype: a dtype or Keras dtype policy; Keras' global policy by default, `"auto"` for the file's own.
+            torch_dtype: another name of `dtype`.
+            revision: branch, tag or commit of a Hub repository.
+            output_loading_info: also return the `LoadReport` of missing, unexpected and mismatched keys.
+            data_format: see the class.
+            attn_implementation: see the class.
+            **kwargs: config fields to override, and further constructor arguments (`use_mask_token`, `name`).
+
+        Raises:
+            SourceError: the source cannot be found or reached.
+            CheckpointError: the file is truncated, foreign, or does not fit the config.
+            ValueError: a bad config.
+        """
+        names = (*cls.constructor_arguments, "name", "trainable")
+        constructor = {name: kwargs.pop(name) for name in names if name in kwargs}
+        constructor |= {"data_format": data_format, "attn_implementation": attn_implementation}
+        if num_labels is not None:
+            kwargs["num_labels"] = num_labels
+        if config is None:
+            config = cls.config_class.from_pretrained(source, revision=revision)
+        config = config.replace(**kwargs)
+        checkpoint = read_safetensors(resolve_weights(source, revision))
+        dtype = dtype if dtype is not None else torch_dtype
+        with _drawing_deferred():
+            model = cls(config, dtype=_policy(checkpoint.dtype if dtype == "auto" else dtype), **constructor)
+        expected = model.checkpoint_shapes()
+        tensors, report = match_checkpoint(
+            config, expected, checkpoint.tensors, checkpoint.path, replace_head=num_labels is not None
+        )
+        fresh = {key: expected[key] for key in report.newly_initialised}
+        if fresh:
+            tensors.update(initial_weights(config, fresh, _framework_seed()))
+        assign_weights(model, tensors)
+        report.warn(checkpoint.path)
+        return (model, report) if output_loading_info else model
+
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """Writes `config.json` and `model.safetensors` into `directory`, which is made if need be.
+
+        Each file is replaced atomically. What is written has PyTorch's names and layouts: it loads into both halves
+        and into transformers.
+        """
+        from safetensors.numpy import save_file
+
+        directory = Path(directory)
+        config = self.config.replace(architectures=[type(self).__name__.removeprefix("TF")], dtype=self.variable_dtype)
+        text = config.to_json_string()  # a config that cannot be written fails before any file is touched
+        directory.mkdir(parents=True, exist_ok=True)
+        with atomic_file(directory / "model.safetensors") as temporary:
+            save_file(read_weights(self), temporary, metadata={"format": "pt"})
+        with atomic_file(directory / "config.json") as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+    # Keras' own saving
+
+    def get_config(self) -> dict:
+        return {
+            "config": self.config.to_dict(),
+            "data_format": self.data_format,
+            "attn_implementation": self.attn_implementation,
+            "name": self.name,
+            "dtype": keras.dtype_policies.serialize(self.dtype_policy),
+        } | {name: getattr(self, name) for name in self.constructor_arguments}
+
+    @classmethod
+    def from_config(cls, config: dict, custom_objects=None):
+        config = dict(config)
+        model_config = config_from_dict(config.pop("config"))
+        dtype = keras.dtype_policies.deserialize(config.pop("dtype"))
+        return cls(model_config, dtype=dtype, **config)
+
+    # Training
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        """The loss given to `compile`, or the model's own (see `config.problem_type`), on the logits."""
+        y = _labels(x, y)
+        logits = _logits(self, y_pred)
+        if self._compile_loss is not None:
+            return super().compute_loss(x, y, logits, sample_weight, training)
+        if y is None:
+            raise ValueError("no labels were given: pass y, or an input named 'labels'")
+        return sum(self.losses, image_classification_loss(self.config, y, logits, sample_weight))
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        """The metrics given to `compile`, on the logits."""
+        return super().compute_metrics(x, _labels(x, y), _logits(self, y_pred), sample_weight)
+
+    def predict_step(self, data):
+        """Runs the model on images alone: labels in the data would add a loss, which is no prediction."""
+        x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+        if isinstance(x, dict):
+            x = {name: value for name, value in x.items() if name != "labels"}
+        return self(x, training=False)
+
+
+_deferred: list[bool] = []
+
+
+@contextlib.contextmanager
+def _drawing_deferred():
+    """Inside, models are made without drawing weights, since the caller will assign them."""
+    _deferred.append(True)
+    try:
+        yield
+    finally:
+        _deferred.pop()
+
+
+def _framework_seed() -> int:
+    return int(keras.random.randint((), 0, 2**31 - 1))
+
+
+def _policy(dtype):
+    """Keras' policy for a dtype given as a name, a NumPy, TensorFlow or torch dtype, or a policy."""
+    if dtype is None or isinstance(dtype, keras.dtype_policies.DTypePolicy):
+        return dtype
+    name = str(getattr(dtype, "name", dtype)).removeprefix("torch.")
+    allowed = ("float64", "float32", "float16", "bfloat16", "mixed_float16", "mixed_bfloat16")
+    if name not in allowed:
+        raise ValueError(f"dtype is {dtype!r}; allowed are {', '.join(allowed)} and auto")
+    return keras.dtype_policies.DTypePolicy(name)
+
+
+def _labels(x, y):
+    return x.get("labels") if y is None and isinstance(x, dict) else y
+
+
+def _logits(model, y_pred):
+    if isinstance(y_pred, dict) and "logits" in y_pred:
+        return y_pred["logits"]
+    if isinstance(y_pred, tuple) and not model.config.return_dict:
+        return next(value for value in y_pred if len(value.shape) == 2)
+    raise ValueError(
+        f"{type(model).__name__} has no classification head to train; use the ForImageClassification class"
+    )
+
+
+def _register_output(output_class: type[ModelOutput]) -> None:
+    # Keras flattens nested outputs through this registry
+    optree.register_pytree_node(
+        output_class,
+        lambda output: (list(output.values()), list(output.keys()), list(output.keys())),
+        lambda keys, values: output_class(zip(keys, values, strict=True)),
+        namespace="keras",
+    )
+
+
+for _output_class in ModelOutput.__subclasses__():
+    _register_output(_output_class)
