@@ -2,7 +2,7 @@
 
 
 def resolve_problem_type(config, labels_are_integers: bool) -> str:
-    """Returns the problem type, deciding it on the first call with labels and writing it into the config, where it stays.
+    """Returns the problem type; the first call with labels decides it and writes it into the config, where it stays.
 
     One label is a regression; else integer labels are `"single_label_classification"` and floating-point labels
     `"multi_label_classification"`. The reference decides and keeps it the same way.

@@ -10,7 +10,7 @@ def image_classification_loss(config, labels: torch.Tensor, logits: torch.Tensor
     """Returns the mean loss of a classification head, a scalar.
 
     Args:
-        config: its `problem_type` names the loss; None is decided from the labels and kept (see `resolve_problem_type`).
+        config: its `problem_type` names the loss; None is decided by the labels and kept (`resolve_problem_type`).
         labels: (B,) integers for one label of several; (B, num_labels) floats for several at once; (B,) or
             (B, num_labels) floats for regression.
         logits: (B, num_labels).

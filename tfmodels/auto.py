@@ -44,7 +44,8 @@ def create_model(
         seed: of the initialisation, which is the reference's, drawn in NumPy.
         architecture: `"ForImageClassification"` or `"Model"`.
         config_overrides: config fields that differ from the published ones.
-        **kwargs: arguments of the class's `from_weights`: `dtype`, `attn_implementation`, `use_mask_token`, `data_format`.
+        **kwargs: arguments of the class's `from_weights`: `dtype`, `attn_implementation`, `use_mask_token`,
+            `data_format`.
 
     Raises:
         ValueError: the variant or a value is unknown.

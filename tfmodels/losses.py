@@ -12,7 +12,7 @@ def image_classification_loss(config, labels, logits, sample_weight=None):
     The mean is Keras' own, which scales with the replicas under a distribution strategy.
 
     Args:
-        config: its `problem_type` names the loss; None is decided from the labels and kept (see `resolve_problem_type`).
+        config: its `problem_type` names the loss; None is decided by the labels and kept (`resolve_problem_type`).
         labels: (B,) integers for one label of several; (B, num_labels) floats for several at once; (B,) or
             (B, num_labels) floats for regression.
         logits: (B, num_labels).

@@ -139,7 +139,8 @@ class TFPreTrainedModel(keras.Model):
         shape = tuple(pixel_values.shape)
         if len(shape) != 4 or shape[1 if first else 3] not in (channels, None):
             raise ValueError(
-                f"pixel_values has shape {shape}; {type(self).__name__} takes {expected} (data_format={self.data_format!r})"
+                f"pixel_values has shape {shape}; {type(self).__name__} takes {expected} "
+                f"with data_format={self.data_format!r}"
             )
         return ops.transpose(pixel_values, (0, 2, 3, 1)) if first else pixel_values
 

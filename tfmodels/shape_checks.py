@@ -4,7 +4,7 @@ import tensorflow as tf
 
 
 def assert_image_size(pixel_values, image_size: int):
-    """Returns (B, H, W, C) images, whose H and W must be `image_size`; a size unknown at trace time is checked when run.
+    """Returns (B, H, W, C) images, of which H and W must be `image_size`; sizes unknown at trace time are checked later.
 
     Raises:
         ValueError: the static size is another one.
