@@ -16,6 +16,7 @@ from modelspec.atomic_file import atomic_file
 from modelspec.checkpoints import initial_weights, match_checkpoint, read_safetensors, resolve_weights
 from modelspec.configs import ModelConfig, config_from_dict
 from modelspec.configs.outputs import ModelOutput
+from modelspec.images.processor import ImageBatch
 from tfmodels.losses import image_classification_loss
 from tfmodels.weights import assign_weights, checkpoint_variables, read_weights
 
@@ -338,15 +339,15 @@ def _logits(model, y_pred):
     )
 
 
-def _register_output(output_class: type[ModelOutput]) -> None:
-    # Keras flattens nested outputs through this registry
+def _register_mapping(mapping_class: type[dict]) -> None:
+    # Keras looks into nested inputs and outputs through this registry; to it, other subclasses of dict are leaves
     optree.register_pytree_node(
-        output_class,
-        lambda output: (list(output.values()), list(output.keys()), list(output.keys())),
-        lambda keys, values: output_class(zip(keys, values, strict=True)),
+        mapping_class,
+        lambda mapping: (list(mapping.values()), list(mapping.keys()), list(mapping.keys())),
+        lambda keys, values: mapping_class(zip(keys, values, strict=True)),
         namespace="keras",
     )
 
 
-for _output_class in ModelOutput.__subclasses__():
-    _register_output(_output_class)
+for _mapping_class in (ImageBatch, *ModelOutput.__subclasses__()):
+    _register_mapping(_mapping_class)

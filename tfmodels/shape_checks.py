@@ -4,7 +4,7 @@ import tensorflow as tf
 
 
 def assert_image_size(pixel_values, image_size: int):
-    """Returns (B, H, W, C) images, of which H and W must be `image_size`; sizes unknown at trace time are checked later.
+    """Returns (B, H, W, C) images; H and W must be `image_size`. Sizes unknown at trace time are checked at run time.
 
     Raises:
         ValueError: the static size is another one.
