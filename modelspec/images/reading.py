@@ -71,7 +71,8 @@ def read_image(
 
     Pillow images and files: an EXIF orientation is applied, so that the array is upright as viewers show it; of a file
     with several frames the first counts; of 16-bit gray the upper 8 bits are kept; `Image.convert` gives the colours.
-    Arrays: gray is replicated. In both, an alpha channel or a palette's transparency is dropped, not composited.
+    Arrays: gray is replicated. In both, what an alpha channel or a palette makes transparent shows white, as in the
+    reference (transformers 5; version 4 dropped the alpha channel, which lays open what it hid).
 
     Args:
         image: a path, the bytes of an image file, a Pillow image of any mode, or an array or tensor (H, W), (H, W, C)
@@ -131,10 +132,11 @@ def _read_pillow(image: Image.Image, num_channels: int, convert: bool) -> np.nda
             raise ValueError(
                 f"mode {image.mode} holds values from {values.min()} to {values.max()}; scale them to 0..255"
             )
-    elif image.mode in ("P", "PA"):
-        image = image.convert("RGBA")  # the direct way to RGB warns where the palette has transparent entries
     elif image.mode == "La":
         image = image.convert("LA")
+    if {"A", "a"} & set(image.getbands()) or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
     pixels = np.asarray(image.convert(mode))
     if pixels.size == 0:
         raise ValueError(f"its size is {image.width} x {image.height} pixels")
@@ -165,11 +167,22 @@ def _read_array(
         return image
     if not convert:
         raise ValueError(f"{name} has {channels} channels but do_convert_rgb=False allows only {num_channels}")
+    if channels == 4:
+        image = _on_white(image)
     if num_channels == 3:
-        return image[:, :, :3] if channels == 4 else np.repeat(image, 3, axis=-1)
+        return image if channels == 4 else np.repeat(image, 3, axis=-1)
     if image.dtype != np.uint8:
         raise ValueError(f"{name} is a colour image of dtype {image.dtype}; only uint8 is converted to gray")
-    return np.asarray(Image.fromarray(np.ascontiguousarray(image[:, :, :3])).convert("L"))[:, :, None]
+    return np.asarray(Image.fromarray(np.ascontiguousarray(image)).convert("L"))[:, :, None]
+
+
+def _on_white(image: np.ndarray) -> np.ndarray:
+    """Blends (H, W, 4) onto white, which is 255, or 1 for floats of 0..1. Returns (H, W, 3) of the same dtype."""
+    whole = image.dtype.kind != "f"
+    white = 255 if whole or image.max() > 1 else 1.0
+    alpha = image[:, :, 3:] / white
+    blended = alpha * image[:, :, :3] + (1 - alpha) * white
+    return (np.round(blended) if whole else blended).astype(image.dtype)
 
 
 def _channels_lead(shape: tuple[int, ...], name: str, num_channels: int, input_data_format: str | None) -> bool:

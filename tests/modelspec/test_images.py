@@ -110,6 +110,18 @@ class TestAgainstTheReference:
         theirs = of_reference(reference, image, {"do_convert_rgb": True})
         assert_same_bits(ImageProcessor()(image).pixel_values, theirs)
 
+    @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P"])
+    def test_transparency_is_as_with_do_convert_rgb(self, reference, mode):
+        rgba = Image.fromarray(drawn_array(40, 31, channels=4))
+        image = rgba.quantize(16) if mode == "P" else rgba.convert(mode)  # quantize keeps alpha as `transparency`
+        theirs = of_reference(reference, image, {"do_convert_rgb": True})
+        assert_same_bits(ImageProcessor()(image).pixel_values, theirs)
+
+    def test_arrays_with_alpha_are_as_with_do_convert_rgb(self, reference):
+        array = drawn_array(40, 31, channels=4)
+        theirs = of_reference(reference, array, {"do_convert_rgb": True})
+        assert_same_bits(ImageProcessor()(array).pixel_values, theirs)
+
     def test_a_list_of_several_sizes(self, reference):
         images = [drawn_image(9, 13), drawn_image(40, 11), drawn_image(224, 224)]
         assert_same_bits(ImageProcessor()(images).pixel_values, of_reference(reference, images, {}))
@@ -185,18 +197,25 @@ class TestInputs:
         for image in (gray, gray[None], gray[:, :, None], Image.fromarray(gray)):
             assert np.array_equal(plain(image), np.broadcast_to(gray, (1, 3, 9, 13)))
 
-    def test_alpha_is_dropped(self):
+    def test_what_is_transparent_shows_white(self):
         rgba = drawn_array(9, 13, channels=4)
-        for image in (rgba, np.moveaxis(rgba, -1, 0), Image.fromarray(rgba)):
-            assert np.array_equal(plain(image)[0], np.moveaxis(rgba[:, :, :3], -1, 0))
-        gray_alpha = Image.fromarray(rgba).convert("LA")
-        assert np.array_equal(plain(gray_alpha)[0, 1], np.asarray(gray_alpha)[:, :, 0])
+        rgba[:3, :, 3], rgba[3:6, :, 3] = 0, 255
+        for image in (rgba, np.moveaxis(rgba, -1, 0), Image.fromarray(rgba), encoded(Image.fromarray(rgba))):
+            pixels = np.moveaxis(plain(image)[0], 0, -1)
+            assert (pixels[:3] == 255).all()
+            assert np.array_equal(pixels[3:6], rgba[3:6, :, :3])
+        assert (plain(Image.fromarray(rgba).convert("LA"))[0, :, :3] == 255).all()
+        fractions = rgba.astype(np.float32) / 255
+        assert (plain(fractions)[0, :, :3] == 1).all()
 
-    def test_a_palette_with_transparency_keeps_its_colours(self):
+    def test_a_palette_with_transparency_keeps_its_opaque_colours(self):
         palette = drawn_image().quantize(8)
-        data = encoded(palette, transparency=bytes([0, 128] + [255] * 6))
+        data = encoded(palette, transparency=bytes([0] + [255] * 7))
         assert Image.open(io.BytesIO(data)).mode == "P"
-        assert np.array_equal(plain(data)[0], np.moveaxis(np.asarray(palette.convert("RGB")), -1, 0))
+        opaque = np.asarray(palette) != 0
+        pixels = np.moveaxis(plain(data)[0], 0, -1)
+        assert np.array_equal(pixels[opaque], np.asarray(palette.convert("RGB"))[opaque])
+        assert (pixels[~opaque] == 255).all()
 
     def test_bilevel_and_boolean(self):
         bits = drawn_array(9, 13, channels=0) > 127
