@@ -48,6 +48,10 @@ def create_model(
 
     Raises:
         ValueError: the variant or a value is unknown.
+
+    >>> model = create_model("swiftformer-xs", num_labels=10)
+    >>> model.num_parameters()
+    3037780
     """
     config = get_config(name, **(config_overrides or {}))
     if num_labels is not None:

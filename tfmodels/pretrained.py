@@ -109,6 +109,17 @@ class TFPreTrainedModel(keras.Model):
         """Does nothing: the constructor has built every layer."""
         self.built = True
 
+    @property
+    def output(self):
+        """The symbolic outputs of the call that gave most of them.
+
+        Keras counts the outputs of a model in `keras.Model(inputs, outputs)` by those of its first call, and would not
+        find the hidden states of a later one.
+        """
+        if not self._inbound_nodes:
+            return super().output
+        return max((node.output_tensors for node in self._inbound_nodes), key=len)
+
     def num_parameters(self) -> int:
         """Counts the elements of all weights but the statistics of batch normalization."""
         statistics = ("running_mean", "running_var", "num_batches_tracked")
