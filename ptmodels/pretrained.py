@@ -57,9 +57,20 @@ class PreTrainedModel(nn.Module):
             if isinstance(module, PreTrainedModel):
                 module.attn_implementation = attn_implementation
 
-    def num_parameters(self) -> int:
-        """Counts the elements of all parameters."""
-        return sum(parameter.numel() for parameter in self.parameters())
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Counts the elements of all parameters.
+
+        Args:
+            only_trainable: leave frozen parameters out.
+            exclude_embeddings: leave lookup tables (`nn.Embedding`) out, as transformers' `Trainer` asks.
+        """
+        tables = [module for module in self.modules() if isinstance(module, nn.Embedding)] if exclude_embeddings else []
+        excluded = {id(table.weight) for table in tables}
+        return sum(
+            parameter.numel()
+            for parameter in self.parameters()
+            if id(parameter) not in excluded and (parameter.requires_grad or not only_trainable)
+        )
 
     def checkpoint_shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns checkpoint key -> shape of every parameter and buffer."""

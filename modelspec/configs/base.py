@@ -336,11 +336,12 @@ class ModelConfig:
         field = self.__dataclass_fields__.get(name)
         if field is not None and "rule" in field.metadata:
             value = self._checked(name, value, field.metadata["rule"])
-        elif field is None and not hasattr(type(self), name):
-            if name not in self.extra:
-                raise AttributeError(self._unknown(name))
+        elif name in self.__dict__.get("extra", {}):
             self.extra[name] = value
             return
+        elif field is None and not hasattr(type(self), name) and self._close_names(name):
+            # Trainers hang attributes of their own on a config; a name so like a field's is a slip
+            raise AttributeError(self._unknown(name))
         super().__setattr__(name, value)
         if name == "id2label" and self._constructed:
             self.label2id = {label: index for index, label in value.items()}
@@ -392,9 +393,12 @@ class ModelConfig:
 
     @classmethod
     def _unknown(cls, name: str) -> str:
-        names = sorted(cls._init_names() | set(cls.attribute_map))
-        close = difflib.get_close_matches(name, names, n=1)
+        close = cls._close_names(name)
         return f"{cls.__name__} has no field {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+
+    @classmethod
+    def _close_names(cls, name: str) -> list[str]:
+        return difflib.get_close_matches(name, sorted(cls._init_names() | set(cls.attribute_map)), n=1)
 
     @classmethod
     def _checked(cls, name: str, value: Any, rule: Rule) -> Any:
