@@ -46,6 +46,20 @@ def l2_normalize(x, axis: int):
     return x / ops.maximum(norm, floor)
 
 
+class LayerWithOutput(keras.layers.Layer):
+    """A layer that may hold a sublayer named `output`, as checkpoints do.
+
+    Keras reserves the name on its layers, and its saving passes over reserved names without a word: the sublayer is
+    saved under `output_layer` instead.
+    """
+
+    output = None
+
+    @property
+    def output_layer(self):
+        return self.output
+
+
 class Dense(keras.layers.Dense):
     """`y = x W + b`. Input: (..., in_features). Output: (..., out_features)."""
 

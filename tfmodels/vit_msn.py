@@ -9,7 +9,7 @@ from keras import ops
 
 from modelspec.configs import BaseModelOutput, ImageClassifierOutput, ViTMSNConfig
 from tfmodels.interpolation import resize_bicubic
-from tfmodels.layers import Conv2D, Dense, LayerNormalization, get_activation
+from tfmodels.layers import Conv2D, Dense, LayerNormalization, LayerWithOutput, get_activation
 from tfmodels.losses import image_classification_loss
 from tfmodels.pretrained import TFPreTrainedModel, unpack_inputs
 from tfmodels.shape_checks import assert_image_size
@@ -133,10 +133,8 @@ class ViTMSNSelfOutput(keras.layers.Layer):
         return self.dropout(self.dense(x))
 
 
-class ViTMSNAttention(keras.layers.Layer):
+class ViTMSNAttention(LayerWithOutput):
     """Self-attention and its projection. Input: (B, S, C). Output: (B, S, C) and the probabilities."""
-
-    output = None  # Keras keeps this name for itself unless the class takes it
 
     def __init__(self, config: ViTMSNConfig):
         super().__init__()
@@ -175,10 +173,8 @@ class ViTMSNOutput(keras.layers.Layer):
         return self.dropout(self.dense(x))
 
 
-class ViTMSNLayer(keras.layers.Layer):
+class ViTMSNLayer(LayerWithOutput):
     """A pre-norm block. Input: (B, S, C). Output: (B, S, C) and the attention probabilities."""
-
-    output = None  # Keras keeps this name for itself unless the class takes it
 
     def __init__(self, config: ViTMSNConfig):
         super().__init__()
