@@ -1,9 +1,9 @@
 """The harness that proves the Keras and the PyTorch half the same, or says where they are not.
 
 >>> import parity
->>> report = parity.check(["swiftformer-xs"], reduced=True)  # doctest: +SKIP
->>> report.passed, len(report.results)  # doctest: +SKIP
-(True, 30)
+>>> report = parity.check(["swiftformer-xs"], reduced=True, dtypes=["float64"])
+>>> report.passed, [result.name for result in report.results[:3]]
+(True, ['logits', 'loss', 'hidden_states.0'])
 
 `python -m parity --help` shows the command line.
 """

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from parity.checking import DTYPES, LEVELS, check
+from parity.checking import DTYPES, LEVELS, ComparisonError, check
 
 PASSED, DIVERGED, NOT_COMPARED = 0, 1, 2
 
@@ -49,8 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("interrupted")
     except SystemExit:  # rich gives up so when standard output is closed, as by `| head`
         return NOT_COMPARED
-    except Exception as error:
+    except (ComparisonError, ImportError, OSError, ValueError) as error:
         return _fail(" ".join(str(error).split()) or type(error).__name__)
+    except Exception as error:  # a defect of ours; left to Python it would end with status 1, as if models diverged
+        return _fail(f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 
 def _check(arguments: argparse.Namespace) -> int:

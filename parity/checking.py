@@ -115,7 +115,7 @@ def check(
     }
     report = Report(environment, tuple(reports), skipped, time.perf_counter() - started)
     if not report.results:
-        raise ComparisonError("nothing was compared: both halves have none of the models in common")
+        raise ComparisonError("nothing was compared: both halves have none of the models")
     return report
 
 

@@ -109,7 +109,8 @@ class ViTMSNSelfAttention(keras.layers.Layer):
         probabilities = self.dropout(ops.cast(probabilities, dtype))
         if head_mask is not None:
             probabilities = probabilities * ops.cast(head_mask, dtype)[:, None, None]
-        return self.merge_heads(ops.einsum("bhqk,bkhd->bqhd", probabilities, value)), probabilities
+        attended = self.merge_heads(ops.einsum("bhqk,bkhd->bqhd", probabilities, value))
+        return attended, probabilities if eager else None  # kept for all layers, they could fill the memory
 
     def split_heads(self, x):
         batch, length, dim = ops.shape(x)

@@ -1,0 +1,53 @@
+"""What all tests share."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import numpy as np  # noqa: E402 - after the environment is set
+import pytest  # noqa: E402
+
+from modelspec import ImageProcessor, SwiftFormerConfig, ViTMSNConfig  # noqa: E402
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Name -> folder of recorded weights, inputs and outputs; each is a complete checkpoint."""
+    return lambda name: GOLDEN / name
+
+
+@pytest.fixture
+def swiftformer_config():
+    return SwiftFormerConfig(depths=[2, 1], embed_dims=[16, 24], downsamples=[True, True], num_labels=10)
+
+
+@pytest.fixture
+def vit_msn_config():
+    return ViTMSNConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=32,
+        patch_size=8,
+        num_labels=10,
+    )
+
+
+@pytest.fixture(params=["swiftformer", "vit_msn"])
+def config(request, swiftformer_config, vit_msn_config):
+    """A small classifier of each family, for images of 32x32."""
+    return {"swiftformer": swiftformer_config, "vit_msn": vit_msn_config}[request.param]
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """200 of scikit-learn's digits as pixel values (200, 3, 32, 32) float32, and their labels (200,) int64."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = list(np.uint8(data.images[:200] * 15.9375))
+    return ImageProcessor(size=32)(images)["pixel_values"], data.target[:200].astype(np.int64)
