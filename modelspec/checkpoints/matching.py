@@ -64,9 +64,13 @@ def match_checkpoint(
     Raises:
         CheckpointError: the file is of another model, lacks a part of the body, or has a key of another shape or kind.
     """
-    renamed = {_rename(config, key, expected, found): key for key in found}
-    report = LoadReport()
+    renamed, report = {}, LoadReport()
     tensors, errors, absent = {}, [], []
+    for key in found:
+        name = _model_key(config, key, expected)
+        if name in renamed:
+            errors.append(f"{renamed[name]} and {key} are both {name}")
+        renamed[name] = key
     for key, shape in expected.items():
         is_head = key.split(".")[0] in config.head_keys
         if key not in renamed:
@@ -99,14 +103,15 @@ def match_checkpoint(
     return tensors, report
 
 
-def _rename(config, key: str, expected: dict[str, Shape], found: dict[str, np.ndarray]) -> str:
+def _model_key(config, key: str, expected: dict[str, Shape]) -> str:
+    """Returns the model's name of the file's `key`: with the base prefix added, without it, or as it is.
+
+    Each key for itself: transformers 5 writes ViT-MSN classifiers with the prefix on some keys of the body only.
+    """
     prefix = f"{config.base_model_prefix}."
-    has = any(name.startswith(prefix) for name in found)
-    wants = any(name.startswith(prefix) for name in expected)
-    if has and not wants:
-        return key.removeprefix(prefix)
-    if wants and not has and key.split(".")[0] not in config.head_keys:
-        return prefix + key
+    for name in (key, prefix + key, key.removeprefix(prefix)):
+        if name in expected:
+            return name
     return key
 
 
