@@ -1,0 +1,191 @@
+"""The Keras layers compute what torch's do, in float64."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import ptmodels.layers
+import tfmodels.layers
+from tfmodels.interpolation import resize_bicubic
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    previous = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("float64")
+    yield
+    keras.config.set_dtype_policy(previous)
+
+
+def drawn(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def channels_first(x):
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(np.asarray(x), -1, 1)))
+
+
+def assert_same(keras_value, torch_value, atol=1e-13):
+    value = torch_value.detach().numpy()
+    np.testing.assert_allclose(np.asarray(keras_value), value, rtol=1e-13, atol=atol)
+
+
+@pytest.mark.parametrize("name", tfmodels.layers.ACTIVATIONS)
+def test_activations(name):
+    x = np.concatenate([np.linspace(-30, 30, 4001), drawn(1000)])
+    ours = tfmodels.layers.get_activation(name)(tf.constant(x))
+    assert_same(ours, ptmodels.layers.get_activation(name)(torch.from_numpy(x)))
+
+
+def test_an_activation_may_be_a_function():
+    assert tfmodels.layers.get_activation(abs) is ptmodels.layers.get_activation(abs) is abs
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    height=st.integers(3, 9),
+    width=st.integers(3, 9),
+    kernel_size=st.integers(1, 4),
+    strides=st.integers(1, 3),
+    padding=st.integers(0, 2),
+)
+def test_convolutions_pad_as_torch_does(height, width, kernel_size, strides, padding):
+    kernel_size = min(kernel_size, height + 2 * padding, width + 2 * padding)
+    ours = tfmodels.layers.Conv2D(2, 3, kernel_size, strides=strides, padding=padding)
+    theirs = nn.Conv2d(2, 3, kernel_size, stride=strides, padding=padding).double()
+    ours.kernel.assign(theirs.weight.detach().numpy().transpose(2, 3, 1, 0))
+    ours.bias.assign(theirs.bias.detach().numpy())
+    x = drawn(2, height, width, 2)
+    assert_same(np.moveaxis(np.asarray(ours(x)), -1, 1), theirs(channels_first(x)))
+
+
+def test_depthwise_convolution():
+    ours = tfmodels.layers.DepthwiseConv2D(5, 3, padding=1)
+    theirs = nn.Conv2d(5, 5, 3, padding=1, groups=5).double()
+    ours.kernel.assign(theirs.weight.detach().numpy().transpose(2, 3, 0, 1))
+    ours.bias.assign(theirs.bias.detach().numpy())
+    x = drawn(2, 7, 6, 5)
+    assert_same(np.moveaxis(np.asarray(ours(x)), -1, 1), theirs(channels_first(x)))
+
+
+def batch_norms():
+    ours, theirs = tfmodels.layers.BatchNormalization(4, epsilon=1e-3), nn.BatchNorm2d(4, eps=1e-3).double()
+    with torch.no_grad():
+        theirs.weight.copy_(torch.from_numpy(drawn(4)))
+        theirs.bias.copy_(torch.from_numpy(drawn(4, seed=1)))
+    ours.gamma.assign(theirs.weight.detach().numpy())
+    ours.beta.assign(theirs.bias.detach().numpy())
+    return ours, theirs
+
+
+def assert_same_statistics(ours, theirs):
+    assert_same(ours.moving_mean, theirs.running_mean)
+    assert_same(ours.moving_variance, theirs.running_var)
+    assert int(ours.num_batches_tracked) == int(theirs.num_batches_tracked)
+
+
+@pytest.mark.parametrize("jit_compile", [None, False, True], ids=["eager", "graph", "xla"])
+def test_batch_normalization_follows_the_statistics_of_torch(jit_compile):
+    ours, theirs = batch_norms()
+
+    def call(x):
+        return ours(x, training=True)
+
+    run = call if jit_compile is None else tf.function(call, jit_compile=jit_compile)
+    for step in range(3):
+        x = 3 * drawn(2, 3, 2, 4, seed=step) + 1  # twelve elements per channel: biased and unbiased differ by 9 %
+        assert_same(np.moveaxis(np.asarray(run(tf.constant(x))), -1, 1), theirs(channels_first(x)))
+        assert_same_statistics(ours, theirs)
+    x = drawn(2, 3, 2, 4, seed=9)
+    assert_same(np.moveaxis(np.asarray(ours(x, training=False)), -1, 1), theirs.eval()(channels_first(x)))
+
+
+def test_gradients_flow_through_the_statistics_of_the_batch():
+    ours, theirs = batch_norms()
+    x, weights = drawn(2, 3, 2, 4), drawn(2, 3, 2, 4, seed=5)
+    variable, tensor = tf.Variable(x), channels_first(x).requires_grad_()
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(ours(variable.value(), training=True) * weights)
+    gradients = tape.gradient(loss, [variable, ours.gamma.value])
+    (theirs(tensor) * channels_first(weights)).sum().backward()
+    assert_same(np.moveaxis(gradients[0].numpy(), -1, 1), tensor.grad)
+    assert_same(gradients[1], theirs.weight.grad)
+
+
+def test_frozen_batch_normalization_stays_in_inference():
+    ours, theirs = batch_norms()
+    ours.trainable = False
+    x = drawn(2, 3, 2, 4)
+    assert_same(np.moveaxis(np.asarray(ours(x, training=True)), -1, 1), theirs.eval()(channels_first(x)))
+    assert_same_statistics(ours, theirs)
+
+
+def test_one_element_per_channel_gives_no_nan():
+    ours, _ = batch_norms()
+    assert np.isfinite(np.asarray(ours(drawn(1, 1, 1, 4), training=True))).all()
+    assert np.isfinite(np.asarray(ours.moving_variance)).all()
+
+
+@pytest.mark.parametrize("dtype", ["mixed_float16", "mixed_bfloat16"])
+def test_half_precision_keeps_float32_statistics(dtype):
+    keras.config.set_dtype_policy(dtype)
+    ours = tfmodels.layers.BatchNormalization(4, epsilon=1e-5)
+    theirs = nn.BatchNorm2d(4)
+    x = np.float32(drawn(8, 5, 5, 4) + 2)
+    output = ours(tf.cast(x, ours.compute_dtype), training=True)
+    reference = theirs(channels_first(x))
+    assert output.dtype == ours.compute_dtype and ours.moving_mean.dtype == "float32"
+    np.testing.assert_allclose(np.moveaxis(np.float32(output), -1, 1), reference.detach(), atol=0.05)
+    np.testing.assert_allclose(ours.moving_variance, theirs.running_var, rtol=0.02)
+
+
+def test_layer_normalization():
+    ours, theirs = tfmodels.layers.LayerNormalization(6, epsilon=1e-6), nn.LayerNorm(6, eps=1e-6).double()
+    x = 1e-3 * drawn(2, 5, 6)  # so small that the epsilon shows
+    assert_same(ours(x), theirs(torch.from_numpy(x)))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-7, 1e-13, 0.0])
+@pytest.mark.parametrize("axis", [1, -1])
+def test_l2_normalize_floors_the_norm(axis, scale):
+    x = scale * drawn(2, 4, 3)
+    assert_same(
+        tfmodels.layers.l2_normalize(tf.constant(x), axis), nn.functional.normalize(torch.from_numpy(x), dim=axis)
+    )
+
+
+def test_drop_path_drops_whole_samples_and_keeps_the_mean():
+    keras.utils.set_random_seed(0)
+    torch.manual_seed(0)
+    x = np.ones((4000, 3, 2))
+    ours, theirs = tfmodels.layers.DropPath(0.25), ptmodels.layers.DropPath(0.25)
+    for output in (np.asarray(ours(x, training=True)), theirs.train()(torch.from_numpy(x)).numpy()):
+        assert set(np.unique(output)) == {0.0, 1 / 0.75}
+        assert (output == output[:, :1, :1]).all()
+        assert output.mean() == pytest.approx(1.0, abs=0.05)
+    assert ours(x, training=False) is not None and np.array_equal(ours(x, training=False), x)
+    assert np.array_equal(theirs.eval()(torch.from_numpy(x)), x)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    source=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    target=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+)
+def test_bicubic_resizing_is_that_of_torch(source, target):
+    grid = drawn(*source, 3)
+    reference = nn.functional.interpolate(channels_first(grid[None]), size=target, mode="bicubic", align_corners=False)
+    ours = resize_bicubic(tf.constant(grid), *target)
+    assert_same(np.moveaxis(np.asarray(ours)[None], -1, 1), reference)
+
+
+def test_bicubic_resizing_to_a_size_known_only_at_run_time():
+    grid = drawn(4, 4, 3)
+    run = tf.function(lambda h, w: resize_bicubic(tf.constant(grid), h, w))
+    reference = nn.functional.interpolate(channels_first(grid[None]), size=(7, 3), mode="bicubic")
+    assert_same(np.moveaxis(run(tf.constant(7), tf.constant(3)).numpy()[None], -1, 1), reference)
