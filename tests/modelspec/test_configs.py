@@ -355,3 +355,20 @@ def test_transformers_accepts_our_file(config_class, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     back = config_class.from_pretrained(tmp_path / "theirs")
     assert back.replace() == back and back.id2label == config.id2label and back.hidden_act == config.hidden_act
+
+
+class TestSwiftFormerStages:
+    def test_drop_path_rises_from_the_first_block_to_the_last(self):
+        config = SwiftFormerConfig(depths=[2, 3], embed_dims=[8, 8], downsamples=[True, True], drop_path_rate=0.4)
+        assert [len(rates) for rates in config.drop_paths] == [2, 3]
+        assert sum(config.drop_paths, []) == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+
+    def test_a_single_block_drops_nothing(self):
+        config = SwiftFormerConfig(depths=[1], embed_dims=[8], downsamples=[True], drop_path_rate=0.4)
+        assert config.drop_paths == [[0.0]]
+
+    def test_a_downsampling_follows_where_it_is_asked_for_or_the_width_changes(self):
+        config = SwiftFormerConfig(
+            depths=[1, 1, 1, 1], embed_dims=[8, 8, 8, 16], downsamples=[False, True, False, True]
+        )
+        assert [config.has_downsampling(stage) for stage in range(4)] == [False, True, True, False]
