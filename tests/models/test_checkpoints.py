@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from halves import HALVES
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import ptmodels
@@ -141,6 +142,13 @@ def test_other_dtypes_are_written_and_read(half, golden, tmp_path, dtype):
         for key, value in original.items():
             rounded = torch.from_numpy(value).to(getattr(torch, dtype)).float().numpy()
             assert np.array_equal(widened[key], rounded), key
+
+
+def test_a_file_says_that_its_layouts_are_those_of_pytorch(half, golden, tmp_path):
+    half.model("ViTMSNForImageClassification", golden("vit_msn_tiny")).save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "np") as file:
+        assert file.metadata() == {"format": "pt"}
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["ViTMSNForImageClassification"]
 
 
 def test_a_single_file_is_a_source(half, golden):

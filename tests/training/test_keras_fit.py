@@ -57,6 +57,14 @@ def test_evaluate_and_predict(config, digits):
     assert evaluated["accuracy"] == pytest.approx(np.mean(np.argmax(live.logits, -1) == labels))
     with_labels = model.predict({"pixel_values": images, "labels": labels}, batch_size=7, verbose=0)
     np.testing.assert_array_equal(with_labels.logits, predicted.logits)
+    assert set(with_labels) == set(predicted) == {"logits"}
+
+
+def test_a_loss_given_to_compile_rules_over_the_own(config, digits):
+    images, labels = digits[0][:20], digits[1][:20]
+    model = make(config)
+    model.compile("sgd", loss=lambda y, logits: 7.0 + 0.0 * keras.ops.sum(logits, axis=-1))
+    assert model.evaluate(images, labels, verbose=0) == pytest.approx(7.0)
 
 
 @pytest.mark.parametrize("dtype", ["mixed_float16", "mixed_bfloat16", "float64"])
