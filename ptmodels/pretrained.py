@@ -149,25 +149,27 @@ class PreTrainedModel(nn.Module):
         torch_dtype: str | torch.dtype | None = None,
         attn_implementation: str = "sdpa",
         revision: str | None = None,
+        ignore_mismatched_sizes: bool = False,
         output_loading_info: bool = False,
         **kwargs,
     ):
         """Loads a checkpoint, in evaluation mode.
 
-        A head that the file lacks, or one for another number of labels than `num_labels`, is newly initialised from
+        A head that the file lacks, or one for another number of labels than asked for, is newly initialised from
         torch's own seed, and a `CheckpointWarning` says so.
 
         Args:
             source: a directory with `config.json` and `model.safetensors`, a `.safetensors` file beside its
                 `config.json`, a Hub id, or the name of a published variant.
-            config: use this config instead of the source's.
+            config: use this config instead of the source's, also for the size of the head.
             num_labels: size of the head; the source's by default.
             dtype: floating dtype of the model; float32 by default, `"auto"` for the file's own.
             torch_dtype: another name of `dtype`.
             attn_implementation: `"sdpa"` or `"eager"`.
             revision: branch, tag or commit of a Hub repository.
+            ignore_mismatched_sizes: accept a head of another size than the source's own config says.
             output_loading_info: also return the `LoadReport` of missing, unexpected and mismatched keys.
-            **kwargs: config fields to override, and further constructor arguments (`use_mask_token`).
+            **kwargs: config fields to override (`id2label`, ...), and further constructor arguments (`use_mask_token`).
 
         Raises:
             SourceError: the source cannot be found or reached.
@@ -177,6 +179,7 @@ class PreTrainedModel(nn.Module):
         constructor = {name: kwargs.pop(name) for name in cls.constructor_arguments if name in kwargs}
         if num_labels is not None:
             kwargs["num_labels"] = num_labels
+        asked_for = config is not None or {"num_labels", "id2label", "label2id"} & kwargs.keys()
         if config is None:
             config = cls.config_class.from_pretrained(source, revision=revision)
         config = config.replace(**kwargs)
@@ -184,8 +187,9 @@ class PreTrainedModel(nn.Module):
         dtype = dtype if dtype is not None else torch_dtype
         with torch.device("meta"):
             expected = cls(config, **constructor).checkpoint_shapes()
+        replace_head = ignore_mismatched_sizes or bool(asked_for)
         tensors, report = match_checkpoint(
-            config, expected, checkpoint.tensors, checkpoint.path, replace_head=num_labels is not None
+            config, expected, checkpoint.tensors, checkpoint.path, replace_head=replace_head
         )
         fresh = {key: expected[key] for key in report.newly_initialised}
         if fresh:

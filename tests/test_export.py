@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import tfmodels
 from tfmodels.export import export_saved_model
@@ -67,6 +68,17 @@ def test_a_process_with_only_tensorflow_serves_any_batch_and_size(name, data_for
     for size, pixel_values in images.items():
         live = np.asarray(model(pixel_values, **any_size).logits)
         np.testing.assert_allclose(served[size], live, rtol=0, atol=1e-5 * np.abs(live).max())
+
+
+@pytest.mark.parametrize("name", ["swiftformer_tiny", "vit_msn_tiny"])
+def test_the_export_of_keras_works_too(name, tmp_path):
+    model = tfmodels.load(GOLDEN / name)
+    size = model.config.image_size if "vit" in name else 64
+    images = np.random.default_rng(0).standard_normal((2, 3, size, size), np.float32)
+    model(images[:1])  # Keras asks for a call before
+    model.export(tmp_path / "exported", verbose=False)
+    served = tf.saved_model.load(tmp_path / "exported")
+    np.testing.assert_allclose(served.serve(images)["logits"], model(images).logits, rtol=0, atol=1e-5)
 
 
 def test_an_earlier_export_is_replaced_and_other_files_are_not(tmp_path):

@@ -7,7 +7,6 @@ from pathlib import Path
 import keras
 import tensorflow as tf
 
-from modelspec.configs import ViTMSNConfig
 from tfmodels.pretrained import TFPreTrainedModel
 
 
@@ -53,7 +52,7 @@ def _servable(model: TFPreTrainedModel) -> tf.Module:
     dtype = "float64" if model.variable_dtype == "float64" else "float32"
     channels = model.config.num_channels
     shape = (None, channels, None, None) if model.data_format == "channels_first" else (None, None, None, channels)
-    any_size = {"interpolate_pos_encoding": True} if isinstance(model.config, ViTMSNConfig) else {}
+    any_size = {} if model.takes_any_size else {"interpolate_pos_encoding": True}
 
     @tf.function(input_signature=[tf.TensorSpec(shape, dtype, name="pixel_values")])
     def serve(pixel_values):

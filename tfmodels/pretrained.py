@@ -63,6 +63,7 @@ class TFPreTrainedModel(keras.Model):
     config_class: type[ModelConfig]
     main_input_name = "pixel_values"
     constructor_arguments: tuple[str, ...] = ()
+    takes_any_size = True  # without interpolate_pos_encoding
 
     def __init__(
         self, config: ModelConfig, *, data_format: str = "channels_first", attn_implementation: str = "sdpa", **kwargs
@@ -102,11 +103,13 @@ class TFPreTrainedModel(keras.Model):
                 yield
         finally:
             keras.config.set_dtype_policy(previous)
-        self.built = True
+        channels, size = self.config.num_channels, None if self.takes_any_size else self.config.image_size
+        first = self.data_format == "channels_first"
+        self.build((None, channels, size, size) if first else (None, size, size, channels))
         self.initialize_weights()
 
-    def build(self, input_shape=None):
-        """Does nothing: the constructor has built every layer."""
+    def build(self, input_shape):
+        """Makes nothing, the constructor has built every layer; Keras notes the shape, for `model.export`."""
         self.built = True
 
     @property
@@ -198,6 +201,7 @@ class TFPreTrainedModel(keras.Model):
         dtype=None,
         torch_dtype=None,
         revision: str | None = None,
+        ignore_mismatched_sizes: bool = False,
         output_loading_info: bool = False,
         data_format: str = "channels_first",
         attn_implementation: str = "sdpa",
@@ -205,21 +209,23 @@ class TFPreTrainedModel(keras.Model):
     ):
         """Loads a checkpoint.
 
-        A head that the file lacks, or one for another number of labels than `num_labels`, is newly initialised from
+        A head that the file lacks, or one for another number of labels than asked for, is newly initialised from
         Keras' own seed, and a `CheckpointWarning` says so.
 
         Args:
             source: a directory with `config.json` and `model.safetensors`, a `.safetensors` file beside its
                 `config.json`, a Hub id, or the name of a published variant.
-            config: use this config instead of the source's.
+            config: use this config instead of the source's, also for the size of the head.
             num_labels: size of the head; the source's by default.
             dtype: a dtype or Keras dtype policy; Keras' global policy by default, `"auto"` for the file's own.
             torch_dtype: another name of `dtype`.
             revision: branch, tag or commit of a Hub repository.
+            ignore_mismatched_sizes: accept a head of another size than the source's own config says.
             output_loading_info: also return the `LoadReport` of missing, unexpected and mismatched keys.
             data_format: see the class.
             attn_implementation: see the class.
-            **kwargs: config fields to override, and further constructor arguments (`use_mask_token`, `name`).
+            **kwargs: config fields to override (`id2label`, ...), and further constructor arguments
+                (`use_mask_token`, `name`).
 
         Raises:
             SourceError: the source cannot be found or reached.
@@ -231,6 +237,7 @@ class TFPreTrainedModel(keras.Model):
         constructor |= {"data_format": data_format, "attn_implementation": attn_implementation}
         if num_labels is not None:
             kwargs["num_labels"] = num_labels
+        asked_for = config is not None or {"num_labels", "id2label", "label2id"} & kwargs.keys()
         if config is None:
             config = cls.config_class.from_pretrained(source, revision=revision)
         config = config.replace(**kwargs)
@@ -239,8 +246,9 @@ class TFPreTrainedModel(keras.Model):
         with _drawing_deferred():
             model = cls(config, dtype=_policy(checkpoint.dtype if dtype == "auto" else dtype), **constructor)
         expected = model.checkpoint_shapes()
+        replace_head = ignore_mismatched_sizes or bool(asked_for)
         tensors, report = match_checkpoint(
-            config, expected, checkpoint.tensors, checkpoint.path, replace_head=num_labels is not None
+            config, expected, checkpoint.tensors, checkpoint.path, replace_head=replace_head
         )
         fresh = {key: expected[key] for key in report.newly_initialised}
         if fresh:

@@ -214,6 +214,7 @@ class TFViTMSNModel(TFPreTrainedModel):
     """The bare ViT-MSN encoder; `use_mask_token` adds the token that `bool_masked_pos` puts in."""
 
     config_class = ViTMSNConfig
+    takes_any_size = False
     constructor_arguments = ("use_mask_token",)
 
     def __init__(self, config: ViTMSNConfig, use_mask_token: bool = False, **kwargs):
@@ -287,6 +288,7 @@ class TFViTMSNForImageClassification(TFPreTrainedModel):
     """ViT-MSN with a linear classifier on the class token."""
 
     config_class = ViTMSNConfig
+    takes_any_size = False
 
     def __init__(self, config: ViTMSNConfig, **kwargs):
         super().__init__(config, **kwargs)

@@ -14,7 +14,15 @@ import ptmodels
 import ptmodels.auto
 import tfmodels
 import tfmodels.auto
-from modelspec import CheckpointError, CheckpointWarning, SourceError, get_config, get_variant, list_models
+from modelspec import (
+    CheckpointError,
+    CheckpointWarning,
+    SourceError,
+    SwiftFormerConfig,
+    get_config,
+    get_variant,
+    list_models,
+)
 from modelspec.checkpoints import probing_weights
 from tfmodels.weights import read_weights
 
@@ -113,6 +121,16 @@ def test_another_number_of_labels_skips_the_head_and_says_so(half, checkpoint):
         if key not in skipped:
             assert np.array_equal(value, original[key])
     assert model.config.num_labels == 3 and model.config.id2label[2] == "LABEL_2"
+
+
+def test_new_labels_and_a_config_of_ones_own_ask_for_a_new_head_too(half, checkpoint):
+    labels = {0: "cat", 1: "dog"}
+    config = SwiftFormerConfig.from_pretrained(checkpoint).replace(id2label=labels)
+    for asked in ({"id2label": labels}, {"config": config}):
+        with pytest.warns(CheckpointWarning, match="head.weight"):
+            model = half.model("SwiftFormerForImageClassification", checkpoint, **asked)
+        assert model.config.id2label == labels and model.config.label2id == {"cat": 0, "dog": 1}
+        assert weights_of(model)["head.weight"].shape == (2, 40)
 
 
 def test_a_new_head_follows_the_seed_of_the_framework(checkpoint):
@@ -218,6 +236,8 @@ def test_a_head_of_another_size_than_the_config_says_is_an_error_unless_asked_fo
     (checkpoint / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"head.weight has shape \(7, 40\), the model needs \(2, 40\)"):
         half.model("SwiftFormerForImageClassification", checkpoint)
+    with pytest.warns(CheckpointWarning, match="head.weight"):
+        half.model("SwiftFormerForImageClassification", checkpoint, ignore_mismatched_sizes=True)
 
 
 @pytest.mark.parametrize(
