@@ -92,7 +92,7 @@ class PreTrainedModel(nn.Module):
         return key.split(".")[0] in self.config.head_keys
 
     def check_pixel_values(self, pixel_values: torch.Tensor | None) -> torch.Tensor:
-        """Returns the images in the dtype of the parameters.
+        """Returns the images, if they are some; the first layer casts them to its dtype.
 
         Raises:
             ValueError: they are missing or not (B, num_channels, H, W).
@@ -104,7 +104,7 @@ class PreTrainedModel(nn.Module):
                 f"pixel_values has shape {tuple(pixel_values.shape)}; "
                 f"{type(self).__name__} takes (B, {self.config.num_channels}, H, W)"
             )
-        return pixel_values.to(self.dtype)
+        return pixel_values
 
     def call_options(self, **given: bool | None) -> CallOptions:
         """Fills what a call left open (None) from the config."""

@@ -32,6 +32,7 @@ class SwiftFormerPatchEmbedding(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(self.patch_embedding[0].weight.dtype)
         for layer in self.patch_embedding:
             x = layer(x)
         return x

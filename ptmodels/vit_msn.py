@@ -24,7 +24,7 @@ class ViTMSNPatchEmbeddings(nn.Module):
         )
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.projection(pixel_values).permute(0, 2, 3, 1)
+        return self.projection(pixel_values.to(self.projection.weight.dtype)).permute(0, 2, 3, 1)
 
 
 class ViTMSNEmbeddings(nn.Module):
