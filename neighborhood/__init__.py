@@ -1,0 +1,1 @@
+"""Neighborhood attention without a framework: its windows and its definition."""
