@@ -7,8 +7,13 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import numpy as np  # noqa: E402 - after the environment is set
 import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 from modelspec import ImageProcessor, SwiftFormerConfig, ViTMSNConfig  # noqa: E402
+
+# A loaded machine is slow, and CI draws the same examples every time.
+settings.register_profile("twinzoo", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("twinzoo")
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -46,7 +46,7 @@ def test_an_activation_may_be_a_function():
     assert tfmodels.layers.get_activation(abs) is ptmodels.layers.get_activation(abs) is abs
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     height=st.integers(3, 9),
     width=st.integers(3, 9),
@@ -172,7 +172,7 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     assert np.array_equal(theirs.eval()(torch.from_numpy(x)), x)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     source=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     target=st.tuples(st.integers(1, 20), st.integers(1, 20)),

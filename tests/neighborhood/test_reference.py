@@ -72,7 +72,7 @@ def in_loops(query, key, value, kernel_size, dilation, table, scale):
     return output
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(sizes=axes(), heads=st.integers(1, 2), head_dim=st.integers(1, 3), biased=st.booleans(), seed=st.integers(0, 99))
 def test_the_definition_equals_loops(sizes, heads, head_dim, biased, seed):
     spatial, kernel_size, dilation = sizes
