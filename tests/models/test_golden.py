@@ -128,7 +128,7 @@ def test_losses_of_the_three_problem_types(half, family, problem):
 
 
 # The gradients were recorded under these labels, which are not in the files: found by solving for the recorded gradient
-# of the images; the reference, run live, gives the recorded gradients for them.
+# of the images. The reference, run live on the SwiftFormer, gives the recorded gradient for them.
 GRADIENT_LABELS = np.array([1, 3])
 
 
