@@ -1,0 +1,167 @@
+#include "thread_pool.h"
+
+#include <pthread.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <cstring>
+#include <list>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+namespace neighborhood {
+namespace {
+
+struct Job {
+  int64_t count;
+  int threads;  // that may work on it
+  const std::function<void(int64_t)>* work;
+  std::atomic<int64_t> next{0};
+  int workers = 0;  // on it now, the caller included; guarded by Pool::mutex
+
+  bool open() const { return next.load(std::memory_order_relaxed) < count; }
+};
+
+struct Pool {
+  std::mutex mutex;
+  std::condition_variable wake, finished;
+  std::list<Job*> jobs;
+  int helpers = 0;              // threads that exist
+  std::atomic<int> active{0};   // threads that work, callers included
+  std::atomic<int> allowed{1};  // the largest `threads` of the jobs at hand
+};
+
+// Never freed: helpers may wait on it until the process ends. A forked child, which has no helpers, gets another.
+std::atomic<Pool*> pool{nullptr};
+
+void forget_pool() { pool.store(nullptr); }
+
+Pool* get_pool() {
+  static const int registered = pthread_atfork(nullptr, nullptr, forget_pool);
+  (void)registered;
+  Pool* current = pool.load();
+  if (current) return current;
+  Pool* fresh = new Pool();
+  if (pool.compare_exchange_strong(current, fresh)) return fresh;
+  delete fresh;
+  return current;
+}
+
+Job* find_job(Pool* p) {
+  for (Job* job : p->jobs)
+    if (job->open() && job->workers < job->threads) return job;
+  return nullptr;
+}
+
+void help(Pool* p) {
+  std::unique_lock<std::mutex> lock(p->mutex);
+  while (true) {
+    Job* job = nullptr;
+    p->wake.wait(lock, [&] { return p->active < p->allowed && (job = find_job(p)) != nullptr; });
+    job->workers++;
+    p->active++;
+    lock.unlock();
+    while (p->active.load(std::memory_order_relaxed) <= p->allowed.load(std::memory_order_relaxed)) {
+      const int64_t i = job->next.fetch_add(1);
+      if (i >= job->count) break;
+      (*job->work)(i);
+    }
+    lock.lock();
+    p->active--;
+    job->workers--;
+    p->finished.notify_all();
+  }
+}
+
+int environment_threads() {
+  const char* text = std::getenv("NEIGHBORHOOD_THREADS");
+  return text ? std::max(0, std::atoi(text)) : 0;
+}
+
+int affinity_threads() {
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) return std::max(1, CPU_COUNT(&set));
+  return std::max(1u, std::thread::hardware_concurrency());
+}
+
+std::atomic<int> told_threads{0};
+
+struct Memory {
+  void* data = nullptr;
+  size_t size = 0;
+  ~Memory() { std::free(data); }
+};
+thread_local Memory memory;
+constexpr size_t kKept = size_t(16) << 20;
+
+}  // namespace
+
+int default_threads() {
+  if (const int threads = told_threads.load()) return threads;
+  if (const int threads = environment_threads()) return threads;
+  return affinity_threads();
+}
+
+void set_default_threads(int threads) { told_threads.store(std::max(0, threads)); }
+
+void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& work) {
+  threads = static_cast<int>(std::min<int64_t>(std::min(threads, 1024), count));
+  if (threads <= 1) {
+    for (int64_t i = 0; i < count; i++) work(i);
+    return;
+  }
+  Pool* p = get_pool();
+  Job job;
+  job.count = count;
+  job.threads = threads;
+  job.work = &work;
+  {
+    std::lock_guard<std::mutex> lock(p->mutex);
+    try {
+      for (; p->helpers < threads - 1; p->helpers++) std::thread(help, p).detach();
+    } catch (const std::system_error&) {  // no more threads: fewer will do
+    }
+    job.workers = 1;
+    p->jobs.push_back(&job);
+    p->active++;
+    p->allowed = std::max(p->allowed.load(), threads);
+  }
+  p->wake.notify_all();
+  for (int64_t i; (i = job.next.fetch_add(1)) < count;) work(i);
+  std::unique_lock<std::mutex> lock(p->mutex);
+  job.workers--;
+  p->active--;
+  p->finished.wait(lock, [&] { return job.workers == 0; });
+  p->jobs.remove(&job);
+  int allowed = 1;
+  for (const Job* other : p->jobs) allowed = std::max(allowed, other->threads);
+  p->allowed = allowed;
+  const bool others = !p->jobs.empty();
+  lock.unlock();
+  if (others) p->wake.notify_all();  // the caller made room
+}
+
+void* working_memory(size_t bytes) {
+  if (bytes > memory.size) {
+    std::free(memory.data);
+    memory.size = 0;
+    memory.data = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
+    if (!memory.data) return nullptr;
+    std::memset(memory.data, 0, bytes);  // kernels read margins that they never use
+    memory.size = bytes;
+  }
+  return memory.data;
+}
+
+void release_working_memory() {
+  if (memory.size <= kKept) return;
+  std::free(memory.data);
+  memory.data = nullptr;
+  memory.size = 0;
+}
+
+}  // namespace neighborhood

@@ -1,0 +1,74 @@
+"""Builds the kernels of neighborhood attention; all else about this package stands in setup.cfg.
+
+Two libraries: the kernels behind a C interface, and TensorFlow's op, which calls them. Neither needs a framework's
+headers. Without a compiler the package installs all the same.
+"""
+
+import platform
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+SOURCES = Path("neighborhood/csrc")
+FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall", "-Wextra"]
+# name -> bytes of a register, what the compiler must be told
+INSTRUCTION_SETS = {"baseline": (16, [])}
+if platform.machine() in ("x86_64", "AMD64"):
+    INSTRUCTION_SETS |= {
+        "avx2": (32, ["-mavx2", "-mfma"]),
+        "avx512": (64, ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma"]),
+    }
+
+
+class BuildLibraries(build_ext):
+    def get_ext_filename(self, name):
+        return name.replace(".", "/") + ".so"  # no module of Python
+
+    def build_extension(self, extension):
+        library = Path(self.get_ext_fullpath(extension.name))
+        self.compiler.link_shared_object(
+            [part for source in extension.sources for part in self.compile_source(Path(source))],
+            str(library),
+            libraries=extension.libraries,
+            library_dirs=[str(library.parent)],
+            extra_postargs=extension.extra_link_args,
+            target_lang="c++",
+        )
+
+    def compile_source(self, source):
+        variants = [(self.build_temp, [])]
+        if source.name == "kernels.cc":
+            variants = [
+                (f"{self.build_temp}/{name}", [*macros(name, size), *flags])
+                for name, (size, flags) in INSTRUCTION_SETS.items()
+            ]
+        for folder, flags in variants:
+            yield from self.compiler.compile([str(source)], output_dir=folder, extra_postargs=[*FLAGS, *flags])
+
+
+def macros(name, size):
+    return [f"-DNEIGHBORHOOD_INSTRUCTION_SET={name}", f"-DNEIGHBORHOOD_VECTOR_BYTES={size}"]
+
+
+headers = [str(path) for path in SOURCES.glob("*.h")]
+setup(
+    cmdclass={"build_ext": BuildLibraries},
+    ext_modules=[
+        Extension(
+            "neighborhood.libneighborhood",
+            [str(SOURCES / name) for name in ("kernels.cc", "attention.cc", "thread_pool.cc")],
+            depends=headers,
+            libraries=["pthread"],
+            optional=True,
+        ),
+        Extension(
+            "neighborhood.libneighborhood_tensorflow",
+            [str(SOURCES / "tensorflow_op.cc")],
+            depends=headers,
+            libraries=["neighborhood", "dl"],
+            extra_link_args=["-Wl,-rpath,$ORIGIN"],
+            optional=True,
+        ),
+    ],
+)

@@ -1,0 +1,248 @@
+"""The C++ kernels on NumPy arrays: their definition, on every instruction set; bad input; threads and forks."""
+
+import concurrent.futures
+import ctypes
+import multiprocessing
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from definition import assert_close, attention_and_gradients, bound, draw
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from neighborhood import native, reference
+
+DTYPES = ("float32", "float64")
+
+
+def available_instruction_sets() -> list[str]:
+    found, best = [], native.instruction_set()
+    for name in ("avx512", "avx2", "baseline"):
+        try:
+            native.set_instruction_set(name)
+            found.append(name)
+        except ValueError:
+            pass
+    native.set_instruction_set(best)
+    return found
+
+
+@pytest.fixture(params=available_instruction_sets())
+def instruction_set(request):
+    best = native.instruction_set()
+    native.set_instruction_set(request.param)
+    yield request.param
+    native.set_instruction_set(best)
+
+
+def run(query, key, value, grad_output, table, kernel_size, dilation, scale=None, threads=1):
+    """The output and all gradients, by the kernels."""
+    output, logsumexp = np.full_like(query, np.nan), np.full(query.shape[:-1], np.nan, query.dtype)
+    options = (table, kernel_size, dilation, scale)
+    native.forward(query, key, value, *options, output=output, logsumexp=logsumexp, threads=threads)
+    grads = [np.full_like(x, np.nan) for x in (query, key, value)]
+    grad_table = None if table is None else np.full_like(table, np.nan)
+    native.backward(
+        *(query, key, value, *options, logsumexp, grad_output),
+        **dict(zip(("grad_query", "grad_key", "grad_value"), grads, strict=True)),
+        grad_rel_pos_bias=grad_table,
+        threads=threads,
+    )
+    return [output, *grads, *([] if table is None else [grad_table])]
+
+
+def check(shape, kernel_size, dilation, biased, dtype, seed=0, scale=None, threads=1, drawn=False):
+    arrays = draw(seed, shape, kernel_size, biased, dtype)
+    expected = attention_and_gradients(*arrays, kernel_size, dilation, scale)
+    assert_close(run(*arrays, kernel_size, dilation, scale, threads), expected, bound(dtype, kernel_size, drawn))
+
+
+@st.composite
+def problems(draw):
+    """Shape, kernel size and dilation of one or two axes that fit."""
+    sizes = []
+    for axis in range(draw(st.integers(1, 2))):
+        kernel_size, dilation = draw(st.integers(1, 9)), draw(st.integers(1, 3))
+        sizes.append((kernel_size * dilation + draw(st.integers(0, 40 if axis else 12)), kernel_size, dilation))
+    spatial, kernel_size, dilation = zip(*sizes, strict=True)
+    heads, head_dim = draw(st.integers(1, 3)), draw(st.integers(1, 40))
+    return (draw(st.integers(1, 2)), *spatial, heads, head_dim), kernel_size, dilation
+
+
+@settings(max_examples=40)
+@given(problem=problems(), biased=st.booleans(), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))
+def test_kernels_equal_the_definition(problem, biased, dtype, seed):
+    check(*problem, biased, dtype, seed, threads=1 + seed % 3, drawn=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "kernel_size", "dilation"),
+    [
+        ((1, 13, 37, 2, 32), (7, 7), (1, 1)),  # tiles inside and at both borders
+        ((1, 7, 7, 3, 32), (7, 7), (1, 1)),  # the window is the map
+        ((2, 16, 17, 1, 24), (4, 6), (3, 2)),  # even windows, groups of unequal length
+        ((1, 14, 33, 1, 64), (13, 13), (1, 2)),
+        ((1, 61, 8, 1, 16), (5, 3), (1, 2)),  # several bands of the backward
+        ((1, 5, 70, 1, 5), (1, 2), (2, 1)),
+        ((1, 6, 5, 1, 129), (3, 5), (2, 1)),
+        ((3, 50, 2, 8), (9,), (4,)),
+        ((1, 4, 4, 1, 1), (1, 1), (4, 1)),
+    ],
+)
+def test_every_instruction_set_equals_the_definition(instruction_set, shape, kernel_size, dilation, dtype):
+    for biased in (False, True):
+        check(shape, kernel_size, dilation, biased, dtype, scale=0.1 if biased else None, threads=2)
+
+
+def test_a_large_window_works_too():
+    check((1, 40, 45, 1, 3), (31, 40), (1, 1), True, "float64")
+
+
+def test_large_logits_neither_overflow_nor_vanish():
+    query, key, value, *_ = draw(0, (1, 8, 20, 1, 8), (3, 3), False)
+    for factor in (1e4, 1e150):
+        expected = reference.neighborhood_attention(factor * query, key, value, 3)
+        assert_close([native.neighborhood_attention(factor * query, key, value, 3)], [expected], 1e-8)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", ["query", "key", "value", "rel_pos_bias"])
+def test_values_that_are_not_finite_stay_in_their_windows(instruction_set, where, bad):
+    query, key, value, _, table = draw(1, (1, 9, 21, 1, 20), (3, 5), True)
+    tensors = {"query": query, "key": key, "value": value, "rel_pos_bias": table}
+    tensors[where][(0, 4, 10, 0, 3) if where != "rel_pos_bias" else (0, 1, 8)] = bad
+    with np.errstate(invalid="ignore"):
+        expected = reference.neighborhood_attention(**tensors, kernel_size=(3, 5))
+        actual = native.neighborhood_attention(**tensors, kernel_size=(3, 5))
+    np.testing.assert_array_equal(np.isfinite(actual), np.isfinite(expected))
+    np.testing.assert_allclose(actual[np.isfinite(expected)], expected[np.isfinite(expected)], atol=1e-12)
+    assert np.isfinite(expected).any()
+
+
+def test_an_empty_batch_is_no_error():
+    arrays = draw(0, (0, 5, 6, 2, 4), (3, 3), True)
+    output, *grads = run(*arrays, (3, 3), (1, 1))
+    assert output.shape == (0, 5, 6, 2, 4) and grads[0].shape == (0, 5, 6, 2, 4)
+    assert (grads[-1] == 0).all()
+
+
+def test_more_threads_give_the_same_bits():
+    arrays = draw(0, (2, 50, 40, 3, 20), (7, 5), True, "float32")
+    expected = run(*arrays, (7, 5), (1, 2))
+    for threads in (2, 3, 8):
+        for ours, theirs in zip(run(*arrays, (7, 5), (1, 2), threads=threads), expected, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_concurrent_calls_give_the_same_bits():
+    problems = [(draw(seed, (1, 20 + seed, 33, 2, 16), (5, 5), True, "float32"), (5, 5), (1, 1)) for seed in range(4)]
+    expected = [run(*arrays, *sizes, threads=2) for arrays, *sizes in problems]
+    with concurrent.futures.ThreadPoolExecutor(8) as executor:
+        futures = [(i % 4, executor.submit(run, *problems[i % 4][0], *problems[i % 4][1:], None, 2)) for i in range(64)]
+        for i, future in futures:
+            for ours, theirs in zip(future.result(), expected[i], strict=True):
+                np.testing.assert_array_equal(ours, theirs)
+
+
+def _run_in_child(arrays, queue):
+    queue.put(run(*arrays, (5, 5), (1, 1), threads=2))
+
+
+def test_a_fork_after_use_works():
+    arrays = draw(0, (1, 30, 33, 2, 16), (5, 5), True, "float32")
+    expected = run(*arrays, (5, 5), (1, 1), threads=2)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    process = context.Process(target=_run_in_child, args=(arrays, queue))
+    process.start()
+    results = queue.get(timeout=60)
+    process.join(60)
+    assert process.exitcode == 0
+    for ours, theirs in zip(results, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def in_new_process(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, timeout=60
+    )
+
+
+def test_the_environment_sets_threads_and_instruction_set():
+    code = "from neighborhood import native as n; print(n.get_threads(), n.instruction_set())"
+    environment = {"NEIGHBORHOOD_THREADS": "3", "NEIGHBORHOOD_INSTRUCTION_SET": "baseline"}
+    assert in_new_process(code, **environment).stdout.split() == ["3", "baseline"]
+    assert in_new_process(code, NEIGHBORHOOD_THREADS="0").stdout.split()[0] == str(len(os.sched_getaffinity(0)))
+
+
+def test_an_unknown_instruction_set_is_named():
+    with pytest.raises(ValueError, match="the instruction set is 'sse9'; this machine has .*baseline"):
+        native.set_instruction_set("sse9")
+    code = "import numpy as np; from neighborhood import native as n; x = np.zeros((1, 3, 3, 1, 1));"
+    process = in_new_process(code + "n.neighborhood_attention(x, x, x, 3)", NEIGHBORHOOD_INSTRUCTION_SET="sse9")
+    assert process.returncode == 1 and "ValueError: the instruction set is 'sse9'" in process.stderr
+
+
+def test_what_does_not_go_together_is_named():
+    x = np.zeros((1, 5, 6, 2, 4))
+    call = native.neighborhood_attention
+    with pytest.raises(ValueError, match="key has shape .* it must have"):
+        call(x, x[:, :4], x, 3)
+    with pytest.raises(ValueError, match="value has shape .* dtype float32"):
+        call(x, x, x.astype(np.float32), 3)
+    with pytest.raises(ValueError, match="query is float16; the kernels take float32 and float64"):
+        call(*[x.astype(np.float16)] * 3, 3)
+    with pytest.raises(ValueError, match="one or two spatial axes"):
+        call(*[np.zeros((1, 3, 3, 3, 1, 1))] * 3, 3)
+    with pytest.raises(ValueError, match="kernel_size is .*or 2 of them"):
+        call(x, x, x, [3] * 9)
+    with pytest.raises(ValueError, match="kernel_size 3 times dilation 2 is 6, more than the 5 positions"):
+        call(x, x, x, 3, 2)
+    with pytest.raises(ValueError, match=r"rel_pos_bias has shape \(2, 3, 3\)"):
+        call(x, x, x, 3, rel_pos_bias=np.zeros((2, 3, 3)))
+    with pytest.raises(ValueError, match="output is not contiguous"):
+        native.forward(x, x, x, None, 3, 1, None, output=np.zeros((1, 5, 6, 4, 2)).swapaxes(-1, -2))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((1, 5, 5, 1, 4, 0, 3, 1, 1), "kernel_size is 0 along the height"),
+        ((1, 5, 5, 1, 4, 3, -3, 1, 1), "kernel_size is -3 along the width"),
+        ((1, 5, 5, 1, 4, 3, 3, 1, 0), "dilation is 0 along the width"),
+        ((1, 5, 5, 1, 4, 3, 3, 1, 2**62), "more than the 5 positions of the width"),
+        ((-1, 5, 5, 1, 4, 3, 3, 1, 1), "a size is negative"),
+        ((2**40, 2**40, 5, 1, 4, 3, 3, 1, 1), "too many elements"),
+        ((1, 2**31, 2**31, 0, 1, 2**31, 2**31, 1, 1), "the window is too large"),
+    ],
+)
+def test_the_library_itself_refuses_bad_sizes(sizes, message):
+    shape = native._Shape(*sizes)
+    problem = native.load().neighborhood_forward(0, ctypes.byref(shape), *[None] * 6, 1.0, 1)
+    assert message in problem.decode()
+    problem = native.load().neighborhood_backward(0, ctypes.byref(shape), *[None] * 10, 1.0, 1)
+    assert message in problem.decode()
+
+
+def test_memory_that_cannot_be_had_is_an_error():
+    side = 2**20  # a window of 2^40 keys
+    shape = native._Shape(1, side, side, 1, 1, side, side, 1, 1)
+    problem = native.load().neighborhood_forward(0, ctypes.byref(shape), *[None] * 6, 1.0, 1)
+    assert problem.decode().startswith("out of memory")
+
+
+def test_a_library_that_was_not_built_is_named(monkeypatch, tmp_path):
+    native.load.cache_clear()
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "libneighborhood.so")
+    try:
+        assert "was not built, for lack of a C++ compiler" in native.why_unavailable()
+        (tmp_path / "libneighborhood.so").write_bytes(b"no library")
+        assert "cannot be loaded" in native.why_unavailable()
+        with pytest.raises(native.NativeUnavailableError):
+            native.neighborhood_attention(*[np.zeros((1, 3, 3, 1, 1))] * 3, 3)
+    finally:
+        native.load.cache_clear()
