@@ -1,32 +1,30 @@
 """Which implementation of neighborhood attention a framework takes: the C++ kernels or its own operations."""
 
 import contextlib
-import contextvars
 import functools
 import warnings
-from collections.abc import Iterator
-
-from neighborhood import native
+from collections.abc import Callable, Iterator
 
 IMPLEMENTATIONS = ("auto", "native", "composed")
 
-_auto_means = contextvars.ContextVar("auto_means", default="auto")
+_auto_means = "auto"  # of the whole process: torch.compile can follow neither context nor thread variables
 
 
 @contextlib.contextmanager
 def prefer(implementation: str) -> Iterator[None]:
-    """Within the context, `auto` stands for `implementation`: exports take "composed", which runs anywhere.
+    """Within the context, in all threads, `auto` stands for `implementation`; exports take "composed".
 
     >>> with prefer("composed"):
-    ...     choose("auto", lambda: None)
+    ...     choose("auto", None, lambda: None)
     'composed'
     """
+    global _auto_means
     check_implementation(implementation)
-    token = _auto_means.set(implementation)
+    before, _auto_means = _auto_means, implementation
     try:
         yield
     finally:
-        _auto_means.reset(token)
+        _auto_means = before
 
 
 def check_implementation(implementation: str) -> None:
@@ -35,12 +33,13 @@ def check_implementation(implementation: str) -> None:
         raise ValueError(f"implementation is {implementation!r}; it must be one of {', '.join(IMPLEMENTATIONS)}")
 
 
-def choose(implementation: str, obstacle) -> str:
+def choose(implementation: str, missing: str | None, obstacle: Callable[[], str | None]) -> str:
     """Returns "native" or "composed".
 
     Args:
         implementation: "native" or "composed" for that one; "auto" for native where nothing speaks against it.
-        obstacle: called to say why native cannot be had for this call, or None.
+        missing: why the kernels cannot be had at all, or None; "auto" warns of it, once.
+        obstacle: called to say why they cannot be had for this call, or None.
 
     Raises:
         ValueError: another name.
@@ -48,10 +47,9 @@ def choose(implementation: str, obstacle) -> str:
     """
     check_implementation(implementation)
     if implementation == "auto":
-        implementation = _auto_means.get()
+        implementation = _auto_means
     if implementation == "composed":
         return "composed"
-    missing = native.why_unavailable()
     reason = missing or obstacle()
     if reason is None:
         return "native"

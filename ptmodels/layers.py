@@ -6,6 +6,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from neighborhood.attention_layer import check_layer, describe_input
+from neighborhood.windows import PerAxis
+from ptmodels.ops import neighborhood_attention
+
 
 def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     return functional.gelu(x, approximate="tanh")
@@ -42,3 +46,101 @@ class DropPath(nn.Module):
         keep = 1.0 - self.rate
         mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
         return x * (mask / keep)
+
+
+class NeighborhoodAttention(nn.Module):
+    """Multi-head self-attention of each position to a window of its neighbours, with projections; see its subclasses.
+
+    Input and output: (B, *spatial, embed_dim). With `output_attentions`, also the probabilities (B, *spatial, heads,
+    keys), as they were applied. Parameters have the names and shapes of NATTEN's modules: `qkv`, `proj` and, of
+    releases before 0.20, `rpb`.
+
+    Args:
+        embed_dim: channels.
+        num_heads: attention heads; they divide the channels.
+        kernel_size: keys per query along each axis; a number, or one per axis.
+        dilation: distance between neighbouring keys; a number, or one per axis.
+        rel_pos_bias: whether the logits get a learned bias, by the distance from query to key.
+        qkv_bias: whether the projection to queries, keys and values has a bias.
+        qk_scale: factor on the dot products; head_dim**-0.5 by default.
+        attn_drop, proj_drop: dropout rates, of the probabilities and of the output.
+        implementation: of `ptmodels.ops.neighborhood_attention`.
+
+    Raises:
+        ValueError: a bad argument, or an input that does not fit.
+    """
+
+    axes: int
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        kernel_size: PerAxis,
+        dilation: PerAxis = 1,
+        *,
+        rel_pos_bias: bool = False,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        implementation: str = "auto",
+    ):
+        super().__init__()
+        rates = {"attn_drop": attn_drop, "proj_drop": proj_drop}
+        sizes = check_layer(self.axes, embed_dim, num_heads, kernel_size, dilation, rates, implementation)
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.kernel_size, self.dilation = sizes
+        self.qk_scale = qk_scale
+        self.implementation = implementation
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
+        self.rpb = None
+        if rel_pos_bias:
+            table = torch.empty(num_heads, *(2 * size - 1 for size in self.kernel_size))
+            self.rpb = nn.Parameter(nn.init.trunc_normal_(table, std=0.02, a=-2.0, b=2.0))
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(embed_dim, embed_dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(
+        self, x: torch.Tensor, output_attentions: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        if x.ndim != self.axes + 2 or x.shape[-1] != self.embed_dim:
+            raise ValueError(f"x has shape {tuple(x.shape)}; give {describe_input(self.axes, self.embed_dim)}")
+        *sizes, _ = x.shape
+        qkv = self.qkv(x).reshape(*sizes, 3, self.num_heads, -1)
+        query, key, value = qkv.unbind(-3)  # (B, *spatial, heads, head_dim)
+        dropout = self.attn_drop if self.training and self.attn_drop.p > 0 else None
+        output = neighborhood_attention(
+            *(query, key, value, self.kernel_size, self.dilation),
+            rel_pos_bias=self.rpb,
+            scale=self.qk_scale,
+            dropout=dropout,
+            return_probabilities=output_attentions,
+            implementation=self.implementation,
+        )
+        output, attentions = output if output_attentions else (output, None)
+        output = self.proj_drop(self.proj(output.reshape(*sizes, self.embed_dim)))
+        return (output, attentions) if output_attentions else output
+
+    def extra_repr(self) -> str:
+        return f"kernel_size={self.kernel_size}, dilation={self.dilation}, num_heads={self.num_heads}"
+
+
+class NeighborhoodAttention1D(NeighborhoodAttention):
+    """Neighborhood attention along a line. Input and output: (B, length, embed_dim)."""
+
+    axes = 1
+
+
+class NeighborhoodAttention2D(NeighborhoodAttention):
+    """Neighborhood attention on a map. Input and output: (B, height, width, embed_dim)."""
+
+    axes = 2
+
+
+class NeighborhoodAttention3D(NeighborhoodAttention):
+    """Neighborhood attention in a volume. Input and output: (B, depth, height, width, embed_dim)."""
+
+    axes = 3

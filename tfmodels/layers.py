@@ -9,6 +9,10 @@ from collections.abc import Callable
 import keras
 from keras import ops
 
+from neighborhood.attention_layer import check_layer, describe_input
+from neighborhood.windows import PerAxis
+from tfmodels.ops import neighborhood_attention
+
 
 def _gelu(x):
     # Keras' exact GELU holds a float32 constant, 5e-9 off in float64; and ONNX exporters know erf, not erfc
@@ -196,3 +200,129 @@ class DropPath(keras.layers.Layer):
         shape = (ops.shape(x)[0],) + (1,) * (len(x.shape) - 1)
         draw = keras.random.uniform(shape, dtype="float32", seed=self.seed_generator)
         return x * (ops.cast(draw < keep, x.dtype) / keep)
+
+
+class NeighborhoodAttention(keras.layers.Layer):
+    """Multi-head self-attention of each position to a window of its neighbours, with projections; see its subclasses.
+
+    Input and output: (B, *spatial, embed_dim); sizes may be unknown. With `output_attentions`, also the probabilities
+    (B, *spatial, heads, keys), as they were applied. Weights have the names of NATTEN's modules: `qkv`, `proj` and, of
+    releases before 0.20, `rpb`.
+
+    Args:
+        embed_dim: channels.
+        num_heads: attention heads; they divide the channels.
+        kernel_size: keys per query along each axis; a number, or one per axis.
+        dilation: distance between neighbouring keys; a number, or one per axis.
+        rel_pos_bias: whether the logits get a learned bias, by the distance from query to key.
+        qkv_bias: whether the projection to queries, keys and values has a bias.
+        qk_scale: factor on the dot products; head_dim**-0.5 by default.
+        attn_drop, proj_drop: dropout rates, of the probabilities and of the output.
+        implementation: of `tfmodels.ops.neighborhood_attention`. A model with a "native" layer is not compiled by XLA,
+            of which Keras warns; "auto" takes the composed implementation there.
+
+    Raises:
+        ValueError: a bad argument, or an input that does not fit.
+    """
+
+    axes: int
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        kernel_size: PerAxis,
+        dilation: PerAxis = 1,
+        *,
+        rel_pos_bias: bool = False,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        implementation: str = "auto",
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        rates = {"attn_drop": attn_drop, "proj_drop": proj_drop}
+        sizes = check_layer(self.axes, embed_dim, num_heads, kernel_size, dilation, rates, implementation)
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.kernel_size, self.dilation = sizes
+        self.qk_scale = qk_scale
+        self.implementation = implementation
+        self.supports_jit = implementation != "native"
+        self.qkv = keras.layers.Dense(3 * embed_dim, use_bias=qkv_bias, dtype=self.dtype_policy)
+        self.rpb = None
+        if rel_pos_bias:
+            self.rpb = self.add_weight(
+                name="rpb",
+                shape=(num_heads, *(2 * size - 1 for size in self.kernel_size)),
+                initializer=keras.initializers.TruncatedNormal(stddev=0.02),
+            )
+        self.attn_drop = keras.layers.Dropout(attn_drop, dtype=self.dtype_policy)
+        self.proj = keras.layers.Dense(embed_dim, dtype=self.dtype_policy)
+        self.proj_drop = keras.layers.Dropout(proj_drop, dtype=self.dtype_policy)
+        self.qkv.build((None, embed_dim))
+        self.proj.build((None, embed_dim))
+        self.built = True
+
+    def call(self, x, output_attentions: bool = False, training=None):
+        if len(x.shape) != self.axes + 2 or x.shape[-1] != self.embed_dim:
+            raise ValueError(f"x has shape {tuple(x.shape)}; give {describe_input(self.axes, self.embed_dim)}")
+        *sizes, _ = ops.shape(x)
+        qkv = ops.reshape(self.qkv(x), (*sizes, 3, self.num_heads, self.embed_dim // self.num_heads))
+        query, key, value = ops.unstack(qkv, 3, axis=-3)  # (B, *spatial, heads, head_dim)
+        dropout = self._drop_attentions if training and self.attn_drop.rate > 0 else None
+        output = neighborhood_attention(
+            *(query, key, value, self.kernel_size, self.dilation),
+            rel_pos_bias=self.rpb,
+            scale=self.qk_scale,
+            dropout=dropout,
+            return_probabilities=output_attentions,
+            implementation=self.implementation,
+        )
+        output, attentions = output if output_attentions else (output, None)
+        output = self.proj(ops.reshape(output, (*sizes, self.embed_dim)))
+        output = self.proj_drop(output, training=training)
+        return (output, attentions) if output_attentions else output
+
+    def _drop_attentions(self, probabilities):
+        return self.attn_drop(probabilities, training=True)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self) -> dict:
+        return super().get_config() | {
+            "embed_dim": self.embed_dim,
+            "num_heads": self.num_heads,
+            "kernel_size": self.kernel_size,
+            "dilation": self.dilation,
+            "rel_pos_bias": self.rpb is not None,
+            "qkv_bias": self.qkv.use_bias,
+            "qk_scale": self.qk_scale,
+            "attn_drop": self.attn_drop.rate,
+            "proj_drop": self.proj_drop.rate,
+            "implementation": self.implementation,
+        }
+
+
+@keras.saving.register_keras_serializable("twinzoo")
+class NeighborhoodAttention1D(NeighborhoodAttention):
+    """Neighborhood attention along a line. Input and output: (B, length, embed_dim)."""
+
+    axes = 1
+
+
+@keras.saving.register_keras_serializable("twinzoo")
+class NeighborhoodAttention2D(NeighborhoodAttention):
+    """Neighborhood attention on a map. Input and output: (B, height, width, embed_dim)."""
+
+    axes = 2
+
+
+@keras.saving.register_keras_serializable("twinzoo")
+class NeighborhoodAttention3D(NeighborhoodAttention):
+    """Neighborhood attention in a volume. Input and output: (B, depth, height, width, embed_dim)."""
+
+    axes = 3

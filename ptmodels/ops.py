@@ -1,0 +1,209 @@
+"""Neighborhood attention as an operation. Twin: `tfmodels/ops.py`.
+
+Two implementations: `native`, C++ kernels for the CPU (`neighborhood/csrc`), and `composed`, of torch's own operations,
+which runs anywhere. Source: Hassani et al., Neighborhood Attention Transformer, CVPR 2023 (arXiv:2204.07143).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from neighborhood import native
+from neighborhood.arguments import check_arguments
+from neighborhood.choice import choose
+from neighborhood.windows import PerAxis
+from ptmodels import composed_attention
+
+_DTYPES = (torch.float32, torch.float64)
+
+
+def neighborhood_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: PerAxis,
+    dilation: PerAxis = 1,
+    *,
+    rel_pos_bias: Tensor | None = None,
+    scale: float | None = None,
+    dropout: Callable[[Tensor], Tensor] | None = None,
+    return_probabilities: bool = False,
+    implementation: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of each position to a window of its neighbours, in one, two or three dimensions.
+
+    Args:
+        query, key, value: (B, *spatial, heads, head_dim), of one floating dtype.
+        kernel_size: keys per query along each axis; a number, or one per axis.
+        dilation: distance between neighbouring keys; a number, or one per axis. `kernel_size * dilation` may not
+            exceed the axis.
+        rel_pos_bias: (heads, 2 * kernel_size - 1 per axis), added to the logits by the distance from query to key.
+        scale: factor on the dot products; head_dim**-0.5 by default.
+        dropout: applied to the probabilities.
+        return_probabilities: whether to return them too, after dropout.
+        implementation: "native", "composed", or "auto": native for float32 and float64 on the CPU, in one or two
+            dimensions, when neither dropout nor probabilities are asked for.
+
+    Returns:
+        (B, *spatial, heads, head_dim); and, when asked for, the probabilities (B, *spatial, heads, keys), the keys of
+        a window row by row.
+
+    Raises:
+        ValueError: arguments that do not go together, or a window that does not fit.
+        RuntimeError: "native" is asked for and cannot be had.
+    """
+    _check_dtypes(query, key, value, rel_pos_bias)
+    bias_shape = None if rel_pos_bias is None else rel_pos_bias.shape
+    sizes = check_arguments(query.shape, key.shape, value.shape, kernel_size, dilation, bias_shape)
+    scale = max(query.shape[-1], 1) ** -0.5 if scale is None else float(scale)
+
+    def obstacle() -> str | None:
+        if dropout is not None or return_probabilities:
+            return "the kernels keep no probabilities, for dropout or to return them"
+        if query.device.type != "cpu":
+            return f"the kernels run on the CPU, and query is on {query.device}"
+        if query.dtype not in _DTYPES:
+            return f"the kernels take float32 and float64, and query is {query.dtype}"
+        if query.ndim - 3 > native.MAX_AXES:
+            return "the kernels work in one and two dimensions"
+        if torch.onnx.is_in_onnx_export():
+            return "ONNX has no such operator"
+        return None
+
+    if choose(implementation, _why_unavailable(), obstacle) == "native":
+        bias = None if rel_pos_bias is None else rel_pos_bias.to(query.dtype)
+        return _attention(query, key, value, bias, *map(list, sizes), scale)[0]
+    return composed_attention.neighborhood_attention(
+        *(query, key, value, *sizes),
+        rel_pos_bias=rel_pos_bias,
+        scale=scale,
+        dropout=dropout,
+        return_probabilities=return_probabilities,
+    )
+
+
+@torch.compiler.assume_constant_result
+def _why_unavailable() -> str | None:
+    return native.why_unavailable()
+
+
+def _check_dtypes(query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value), ("rel_pos_bias", rel_pos_bias)):
+        if name == "rel_pos_bias" and tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}; give a torch.Tensor")
+        if not tensor.dtype.is_floating_point:
+            raise TypeError(f"{name} is {tensor.dtype}; give a floating dtype")
+        if tensor.dtype != query.dtype and name != "rel_pos_bias":
+            raise TypeError(f"query is {query.dtype} and {name} {tensor.dtype}; they must be equal")
+        if tensor.device != query.device:
+            raise ValueError(f"query is on {query.device} and {name} on {tensor.device}; they must be on one device")
+
+
+@torch.library.custom_op("neighborhood::attention", mutates_args=(), device_types="cpu")
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rel_pos_bias: Tensor | None,
+    kernel_size: list[int],
+    dilation: list[int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Returns the attention and, for the backward, the log-sum-exp of each query's logits (B, *spatial, heads)."""
+    output = torch.empty(query.shape, dtype=query.dtype)
+    logsumexp = torch.empty(query.shape[:-1], dtype=query.dtype)
+    native.forward(
+        *map(_array, (query, key, value, rel_pos_bias)),
+        *(kernel_size, dilation, scale),
+        output=output.numpy(),
+        logsumexp=logsumexp.numpy(),
+        threads=torch.get_num_threads(),
+    )
+    return output, logsumexp
+
+
+@_attention.register_fake
+def _(query, key, value, rel_pos_bias, kernel_size, dilation, scale):
+    return query.new_empty(query.shape), query.new_empty(query.shape[:-1])
+
+
+@torch.library.custom_op("neighborhood::attention_backward", mutates_args=(), device_types="cpu")
+def _attention_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rel_pos_bias: Tensor | None,
+    logsumexp: Tensor,
+    kernel_size: list[int],
+    dilation: list[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns the gradients of query, key, value and the bias; the last is empty without a bias."""
+    grads = [torch.empty(query.shape, dtype=query.dtype) for _ in range(3)]
+    grad_bias = query.new_empty(0 if rel_pos_bias is None else rel_pos_bias.shape)
+    native.backward(
+        *map(_array, (query, key, value, rel_pos_bias)),
+        *(kernel_size, dilation, scale),
+        *map(_array, (logsumexp, grad_output)),
+        grad_query=grads[0].numpy(),
+        grad_key=grads[1].numpy(),
+        grad_value=grads[2].numpy(),
+        grad_rel_pos_bias=None if rel_pos_bias is None else grad_bias.numpy(),
+        threads=torch.get_num_threads(),
+    )
+    return *grads, grad_bias
+
+
+@_attention_backward.register_fake
+def _(grad_output, query, key, value, rel_pos_bias, logsumexp, kernel_size, dilation, scale):
+    grads = [query.new_empty(query.shape) for _ in range(3)]
+    return *grads, query.new_empty(0 if rel_pos_bias is None else rel_pos_bias.shape)
+
+
+def _array(tensor: Tensor | None):
+    return None if tensor is None else tensor.detach().contiguous().numpy()
+
+
+def _save_forward(ctx, inputs, output):
+    *tensors, ctx.kernel_size, ctx.dilation, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _backward(ctx, grad_output, _):
+    query, key, value, rel_pos_bias, logsumexp = ctx.saved_tensors
+    tensors = (grad_output, query, key, value, rel_pos_bias, logsumexp)
+    *grads, grad_bias = _attention_backward(*tensors, ctx.kernel_size, ctx.dilation, ctx.scale)
+    return *grads, None if rel_pos_bias is None else grad_bias, None, None, None
+
+
+def _save_backward(ctx, inputs, output):
+    *tensors, ctx.kernel_size, ctx.dilation, ctx.scale = inputs
+    ctx.save_for_backward(*tensors[:5])
+
+
+def _double_backward(ctx, *grads):
+    """Differentiates the gradients, through the composed implementation.
+
+    `logsumexp` follows from the other inputs, whose second derivatives hold its part.
+    """
+    saved = [None if tensor is None else tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+    grad_output, query, key, value, rel_pos_bias = saved
+    inputs = [tensor for tensor in saved if tensor is not None]
+    grads = grads if rel_pos_bias is not None else grads[:3]
+    with torch.enable_grad():
+        output = composed_attention.neighborhood_attention(
+            *(query, key, value, tuple(ctx.kernel_size), tuple(ctx.dilation)),
+            rel_pos_bias=rel_pos_bias,
+            scale=ctx.scale,
+        )
+        first = torch.autograd.grad(output, inputs[1:], grad_output, create_graph=True)
+        second = iter(torch.autograd.grad(first, inputs, grads, allow_unused=True))
+    return *(None if tensor is None else next(second) for tensor in saved), None, None, None, None
+
+
+_attention.register_autograd(_backward, setup_context=_save_forward)
+_attention_backward.register_autograd(_double_backward, setup_context=_save_backward)
