@@ -4,9 +4,12 @@ Along an axis, each dilation group (see `neighborhood.windows`) is cut into tile
 a tile's windows reach, its halo, lie side by side in the group. So attention is a batch of small dense ones, of tiles
 with their halos, in which keys outside of a query's window are masked. Memory is proportional to the keys of the
 windows: a tile is about as long as a window, and its halo less than two and a half.
+
+All arrays are indices, of 32 bits.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,25 +17,29 @@ import numpy as np
 
 from neighborhood.windows import check_fit
 
-_NONE = -(2**20)  # the slot of a key outside the window: stays negative when slots are combined
+_NONE = -(2**20)  # the slot of a key outside the window: stays negative when the axes are combined
 
 
 @dataclasses.dataclass(frozen=True)
 class AxisTiles:
-    """The tiles of one axis, all dilation groups one after another; arrays of integers.
+    """The tiles of one axis, of all its dilation groups one after another.
 
     Attributes:
-        tiles: number of tiles.
+        length: positions of the axis.
+        kernel_size: keys per query.
+        tiles: number of tiles; a tensor where the length is one.
         tile: queries of a tile.
         halo: keys of a tile.
-        queries: (tiles * tile,) position of each query; the last tile of a group repeats its last one.
-        keys: (tiles * halo,) position of each key; likewise.
-        outputs: (length,) where each position is among `queries`.
+        queries: (tiles, tile) position of each query; the last tile of a group repeats its last one.
+        keys: (tiles, halo) position of each key; likewise.
+        outputs: (length,) where each position is among the queries.
         slots: (tiles, tile, halo) which key of a query's window a key is; negative where it is none.
         biases: (tiles, tile, halo) where query and key look up the bias table; clipped to it.
         picks: (tiles, tile, kernel_size) where the keys of a query's window are in the halo.
     """
 
+    length: Any
+    kernel_size: int
     tiles: Any
     tile: int
     halo: int
@@ -51,7 +58,7 @@ def axis_tiles(length, kernel_size: int, dilation: int, xp=np) -> AxisTiles:
         length: positions; an integer, or a scalar tensor where the framework does not know it yet.
         kernel_size: keys per query.
         dilation: distance between neighbouring keys, in positions.
-        xp: where `arange`, `minimum`, `maximum`, `where` and `reshape` come from, as numpy has them.
+        xp: where `arange`, `minimum`, `maximum` and `where` come from, as numpy has them.
 
     Raises:
         ValueError: the window does not fit an axis of known length.
@@ -66,55 +73,125 @@ def axis_tiles(length, kernel_size: int, dilation: int, xp=np) -> AxisTiles:
         per_group = (longest + kernel_size - 1) // kernel_size
         tile, halo = kernel_size, 2 * kernel_size - 1
 
-    tiles = dilation * per_group
-    number = xp.arange(tiles)
+    number = xp.arange(dilation * per_group, dtype="int32")[:, None]
     group = number // per_group
     group_length = (length - group + dilation - 1) // dilation
     begin = (number % per_group) * tile  # the tile's first query, in its group
-    zero = 0 * group_length
-    halo_begin = xp.maximum(xp.minimum(begin - kernel_size // 2, group_length - halo), zero)
-
-    begin, halo_begin, group, group_length = (x[:, None, None] for x in (begin, halo_begin, group, group_length))
-    query = xp.minimum(begin + xp.arange(tile)[None, :, None], group_length - 1)  # (tiles, tile, 1)
+    halo_begin = xp.maximum(xp.minimum(begin - kernel_size // 2, group_length - halo), 0 * number)
+    query = xp.minimum(begin + xp.arange(tile, dtype="int32")[None], group_length - 1)  # (tiles, tile)
+    key = halo_begin + xp.arange(halo, dtype="int32")[None]  # (tiles, halo)
     start = xp.maximum(xp.minimum(query - kernel_size // 2, group_length - kernel_size), 0 * query)
-    key = halo_begin + xp.arange(halo)[None, None, :]  # (tiles, 1, halo)
-    slot = key - start
-    outside = (slot < 0) | (slot >= kernel_size)
-    bias = key - query + kernel_size - 1
-    position = xp.arange(length)
+    slot = key[:, None] - start[:, :, None]
+    bias = key[:, None] - query[:, :, None] + kernel_size - 1
+    position = xp.arange(length, dtype="int32")
     return AxisTiles(
-        tiles=tiles,
+        length=length,
+        kernel_size=kernel_size,
+        tiles=dilation * per_group,
         tile=tile,
         halo=halo,
-        queries=xp.reshape(query * dilation + group, (-1,)),
-        keys=xp.reshape(xp.minimum(key, group_length - 1) * dilation + group, (-1,)),
+        queries=query * dilation + group,
+        keys=xp.minimum(key, group_length - 1) * dilation + group,
         outputs=(position % dilation) * (per_group * tile) + position // dilation,
-        slots=xp.where(outside, 0 * slot + _NONE, slot),
+        slots=xp.where((slot < 0) | (slot >= kernel_size), 0 * slot + _NONE, slot),
         biases=xp.maximum(xp.minimum(bias, 0 * bias + 2 * kernel_size - 2), 0 * bias),
-        picks=start - halo_begin + xp.arange(kernel_size)[None, None, :],
+        picks=(start - halo_begin)[:, :, None] + xp.arange(kernel_size, dtype="int32")[None, None],
     )
 
 
-def combine(tiles: list[AxisTiles], name: str, sizes: Sequence[int], xp=np):
-    """Combines an array of each axis into one of all axes.
+def _once(method):
+    """A property that is computed once; functools.cached_property holds a lock, which torch.compile cannot follow."""
+    name = f"_{method.__name__}"
+
+    def get(self):
+        if name not in self.__dict__:
+            setattr(self, name, method(self))
+        return getattr(self, name)
+
+    return property(get, doc=method.__doc__)
+
+
+class Tiles:
+    """The tiles of all axes: every combination of one tile per axis, the last axis being the fastest.
+
+    Queries of a tile, keys of a halo and keys of a window are flattened likewise, and positions index the flattened
+    map. With T, Q, L, K and N the numbers of tiles, queries of a tile, keys of a halo, keys of a window and positions:
 
     Args:
-        tiles: the axes.
-        name: of an attribute of shape (tiles, tile, keys): slots, biases or picks.
-        sizes: of the space that the array indexes, along each axis.
-        xp: where `repeat` and `tile` come from, as numpy has them.
+        lengths, kernel_size, dilation: as of `axis_tiles`, one per axis.
+        xp: as of `axis_tiles`; `repeat`, `tile` and `reshape` too.
 
-    Returns:
-        (tiles of all axes, queries of a tile, keys) indices into the flattened space, the last axis being the fastest.
+    Attributes:
+        tiles, tile, halo: T, Q and L.
+        queries: (T * Q,) position of each query.
+        keys: (T * L,) position of each key.
+        outputs: (N,) where each position is among `queries`.
+        slots: (T, Q, L) which key of a query's window a key is; negative where it is none.
+        biases: (T, Q, L) where query and key look up the flattened bias table.
+        picks: (T, Q, K) where the keys of a query's window are in the halo.
     """
-    combined = getattr(tiles[0], name)
-    shape = (tiles[0].tiles, tiles[0].tile, combined.shape[-1])
-    for axis, size in zip(tiles[1:], sizes[1:], strict=True):
-        part = getattr(axis, name)
-        own = (axis.tiles, axis.tile, part.shape[-1])
-        combined = combined * size
-        for dimension, times in enumerate(own):
-            combined = xp.repeat(combined, times, dimension)
-        combined = combined + xp.tile(part, shape)
-        shape = tuple(ours * theirs for ours, theirs in zip(shape, own, strict=True))
-    return combined
+
+    def __init__(self, lengths: Sequence, kernel_size: Sequence[int], dilation: Sequence[int], xp=np):
+        self._xp = xp
+        self._axes = [axis_tiles(*axis, xp) for axis in zip(lengths, kernel_size, dilation, strict=True)]
+        self.tiles = _product(axis.tiles for axis in self._axes)
+        self.tile = _product(axis.tile for axis in self._axes)
+        self.halo = _product(axis.halo for axis in self._axes)
+
+    @_once
+    def queries(self):
+        return self._flat([(axis.queries, (axis.tiles, axis.tile), axis.length) for axis in self._axes])
+
+    @_once
+    def keys(self):
+        return self._flat([(axis.keys, (axis.tiles, axis.halo), axis.length) for axis in self._axes])
+
+    @_once
+    def outputs(self):
+        tile = self._combine([(axis.outputs // axis.tile, (axis.length,), axis.tiles) for axis in self._axes])
+        query = self._combine([(axis.outputs % axis.tile, (axis.length,), axis.tile) for axis in self._axes])
+        return tile * self.tile + query
+
+    @_once
+    def slots(self):
+        return self._combine([(axis.slots, _per_key(axis), axis.kernel_size) for axis in self._axes])
+
+    @_once
+    def biases(self):
+        return self._combine([(axis.biases, _per_key(axis), 2 * axis.kernel_size - 1) for axis in self._axes])
+
+    @_once
+    def picks(self):
+        shapes = [(axis.tiles, axis.tile, axis.kernel_size) for axis in self._axes]
+        return self._combine([(axis.picks, shape, axis.halo) for axis, shape in zip(self._axes, shapes, strict=True)])
+
+    def _combine(self, parts: list[tuple]):
+        """Combines, of each axis, an array of indices, its shape and the size that it indexes, dimension by dimension.
+
+        Element [i * other rows + j, ..] of the result is `first[i, ..] * size + second[j, ..]`.
+        """
+        combined, shape, _ = parts[0]
+        for part, own, size in parts[1:]:
+            combined = combined * size
+            for dimension, times in enumerate(own):
+                combined = self._xp.repeat(combined, times, dimension)
+            combined = combined + self._xp.tile(part, shape)
+            shape = tuple(ours * theirs for ours, theirs in zip(shape, own, strict=True))
+        return combined
+
+    def _flat(self, parts: list[tuple]):
+        return self._xp.reshape(self._combine(parts), (-1,))
+
+
+def _per_key(axis: AxisTiles) -> tuple:
+    return axis.tiles, axis.tile, axis.halo
+
+
+def _product(sizes):
+    return functools.reduce(lambda product, size: product * size, sizes)
+
+
+@functools.lru_cache(maxsize=32)
+def known_tiles(lengths: tuple[int, ...], kernel_size: tuple[int, ...], dilation: tuple[int, ...]) -> Tiles:
+    """Returns the tiles of a map of known size, as NumPy arrays; a network asks for the same ones again and again."""
+    return Tiles(lengths, kernel_size, dilation)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from keras import backend, ops
 
-from neighborhood.tiles import AxisTiles, axis_tiles, combine
+from neighborhood.tiles import Tiles, known_tiles
 
 
 def neighborhood_attention(
@@ -26,8 +26,8 @@ def neighborhood_attention(
 ):
     """As `tfmodels.ops.neighborhood_attention`, of checked arguments."""
     tiles = _tiles(query, kernel_size, dilation)
-    logits = _logits(scale * query, key, tiles, rel_pos_bias)  # (B, tiles, heads, queries, halo)
-    inside = _combine(tiles, "slots", kernel_size)[:, None] >= 0
+    logits = _logits(scale * query, key, tiles, rel_pos_bias)  # (B, T, heads, Q, L)
+    inside = _index(tiles.slots)[:, None] >= 0
     lowest = np.finfo(backend.standardize_dtype(logits.dtype)).min
     logits = ops.where(inside, logits, ops.convert_to_tensor(lowest, dtype=logits.dtype))
     probabilities = ops.cast(_softmax(logits), value.dtype)
@@ -37,12 +37,6 @@ def neighborhood_attention(
     if not return_probabilities:
         return output
     return output, _in_windows(probabilities, query, tiles)
-
-
-def _softmax(logits):
-    if logits.shape[-1] == 1:  # Keras warns of a softmax over a single element
-        return ops.exp(logits - logits)
-    return ops.softmax(logits)
 
 
 def window_logits(
@@ -61,83 +55,43 @@ def window_logits(
 def attend(probabilities, value, kernel_size: Sequence[int], dilation: Sequence[int]):
     """Returns the sums of each query's values, weighted by (B, *spatial, heads, keys)."""
     tiles = _tiles(value, kernel_size, dilation)
-    spread = _queries(probabilities, tiles)
-    slots = _combine(tiles, "slots", kernel_size)[:, None]
-    spread = ops.take_along_axis(spread, ops.maximum(slots, 0)[None], -1)  # (B, tiles, heads, queries, halo)
-    return _weigh(ops.where(slots >= 0, spread, ops.zeros_like(spread)), value, tiles)
+    slots = _index(tiles.slots)[:, None]  # (T, 1, Q, L)
+    probabilities = _split(probabilities, tiles.queries, tiles.tiles, tiles.tile)  # (B, T, heads, Q, K)
+    probabilities = ops.take_along_axis(probabilities, ops.maximum(slots, 0)[None], -1)  # (B, T, heads, Q, L)
+    return _weigh(ops.where(slots >= 0, probabilities, ops.zeros_like(probabilities)), value, tiles)
 
 
-def _tiles(x, kernel_size: Sequence[int], dilation: Sequence[int]) -> list[AxisTiles]:
-    """Cuts the spatial axes of (B, *spatial, heads, head_dim)."""
-    lengths = _shape(x)[1:-2]
-    known = all(isinstance(length, int) for length in lengths)
-    lengths = lengths if known else [ops.convert_to_tensor(length, dtype="int32") for length in lengths]
-    return [axis_tiles(*axis, np if known else ops) for axis in zip(lengths, kernel_size, dilation, strict=True)]
+def _tiles(x, kernel_size: Sequence[int], dilation: Sequence[int]) -> Tiles:
+    """Cuts the spatial axes of (B, *spatial, heads, channels)."""
+    lengths = tuple(ops.shape(x)[1:-2])
+    if all(isinstance(length, int) for length in lengths):
+        return known_tiles(lengths, tuple(kernel_size), tuple(dilation))
+    return Tiles(lengths, kernel_size, dilation, ops)
 
 
-def _combine(tiles: list[AxisTiles], name: str, sizes: Sequence[int]):
-    known = isinstance(tiles[0].queries, np.ndarray)
-    return _tensor(combine(tiles, name, sizes, np if known else ops))
+def _index(array):
+    return ops.convert_to_tensor(array, dtype="int32")
 
 
-def _tensor(index):
-    return ops.convert_to_tensor(index, dtype="int32")
+def _split(x, positions, tiles, elements: int):
+    """Gathers (B, *spatial, heads, channels) into (B, tiles, heads, elements of a tile, channels)."""
+    batch, *_, heads, channels = ops.shape(x)
+    x = ops.take(ops.reshape(x, (batch, -1, heads * channels)), _index(positions), axis=1)
+    return ops.transpose(ops.reshape(x, (batch, tiles, elements, heads, channels)), (0, 1, 3, 2, 4))
 
 
-def _shape(x) -> tuple:
-    """Sizes as integers where they are known, else as scalar tensors."""
-    return ops.shape(x)
+def _join(x, like, tiles: Tiles):
+    """Puts (B, T, heads, Q, channels) back as (B, *spatial, heads, channels), spatial as of `like`."""
+    batch, _, heads, _, channels = ops.shape(x)
+    x = ops.reshape(ops.transpose(x, (0, 1, 3, 2, 4)), (batch, -1, heads * channels))
+    return ops.reshape(ops.take(x, _index(tiles.outputs), axis=1), (*ops.shape(like)[:-2], heads, channels))
 
 
-def _split(x, parts: list[tuple]):
-    """Gathers (B, *spatial, heads, channels) into (B, tiles, heads, elements of a tile, channels).
-
-    `parts` holds, per axis, the positions to gather, the number of tiles and the elements of one.
-    """
-    batch, *lengths, heads, channels = _shape(x)
-    count, elements = 1, 1
-    for i, ((positions, number, size), length) in enumerate(zip(parts, lengths, strict=True)):
-        rest = _product(lengths[i + 1 :]) * heads * channels
-        x = ops.take(ops.reshape(x, (batch * count * elements, length, rest)), _tensor(positions), axis=1)
-        x = ops.reshape(x, (batch * count, elements, number, size * rest))
-        x = ops.transpose(x, (0, 2, 1, 3))  # (.., tiles, elements, size * rest)
-        count, elements = count * number, elements * size
-        x = ops.reshape(x, (batch * count, elements, rest))
-    return ops.transpose(ops.reshape(x, (batch, count, elements, heads, channels)), (0, 1, 3, 2, 4))
-
-
-def _join(x, tiles: list[AxisTiles], lengths: Sequence):
-    """Puts (B, tiles, heads, queries, channels) back as (B, *spatial, heads, channels)."""
-    batch, count, heads, elements, channels = _shape(x)
-    x = ops.transpose(x, (0, 1, 3, 2, 4))
-    rest = heads * channels
-    for axis, length in reversed(list(zip(tiles, lengths, strict=True))):
-        count, elements = count // axis.tiles, elements // axis.tile
-        x = ops.reshape(x, (batch * count, axis.tiles, elements, axis.tile * rest))
-        x = ops.reshape(ops.transpose(x, (0, 2, 1, 3)), (batch * count * elements, axis.tiles * axis.tile, rest))
-        x = ops.take(x, _tensor(axis.outputs), axis=1)
-        rest = rest * length
-    return ops.reshape(x, (batch, *lengths, heads, channels))
-
-
-def _product(sizes: Sequence):
-    product = 1
-    for size in sizes:
-        product = product * size
-    return product
-
-
-def _queries(x, tiles: list[AxisTiles]):
-    return _split(x, [(axis.queries, axis.tiles, axis.tile) for axis in tiles])
-
-
-def _keys(x, tiles: list[AxisTiles]):
-    return _split(x, [(axis.keys, axis.tiles, axis.halo) for axis in tiles])
-
-
-def _logits(query, key, tiles: list[AxisTiles], rel_pos_bias):
-    """(B, tiles, heads, queries, halo), in float32 at least."""
-    logits = ops.matmul(_queries(query, tiles), ops.transpose(_keys(key, tiles), (0, 1, 2, 4, 3)))
+def _logits(query, key, tiles: Tiles, rel_pos_bias):
+    """(B, T, heads, Q, L), in float32 at least."""
+    query = _split(query, tiles.queries, tiles.tiles, tiles.tile)
+    key = _split(key, tiles.keys, tiles.tiles, tiles.halo)
+    logits = ops.matmul(query, ops.transpose(key, (0, 1, 2, 4, 3)))
     if backend.standardize_dtype(logits.dtype) in ("float16", "bfloat16"):
         logits = ops.cast(logits, "float32")
     if rel_pos_bias is not None:
@@ -145,30 +99,25 @@ def _logits(query, key, tiles: list[AxisTiles], rel_pos_bias):
     return logits
 
 
-def _weigh(probabilities, value, tiles: list[AxisTiles]):
-    return _join(ops.matmul(probabilities, _keys(value, tiles)), tiles, _shape(value)[1:-2])
+def _bias(table, tiles: Tiles):
+    """Looks up (heads, 2 * kernel_size - 1 per axis) as (T, heads, Q, L)."""
+    heads = table.shape[0]
+    entries = ops.reshape(_index(tiles.biases), (-1,))
+    table = ops.take(ops.reshape(table, (heads, -1)), entries, axis=1)
+    return ops.transpose(ops.reshape(table, (heads, tiles.tiles, tiles.tile, tiles.halo)), (1, 0, 2, 3))
 
 
-def _bias(table, tiles: list[AxisTiles]):
-    """Looks up (heads, 2 * kernel_size - 1 per axis) as (tiles, heads, queries, halo)."""
-    heads, *entries = table.shape
-    count, elements, halo = 1, 1, 1
-    x = table
-    for i, axis in enumerate(tiles):
-        rest = _product(entries[i + 1 :])
-        x = ops.reshape(x, (count * heads * elements * halo, entries[i], rest))
-        x = ops.take(x, ops.reshape(_tensor(axis.biases), (-1,)), axis=1)
-        x = ops.reshape(x, (count, heads * elements * halo, axis.tiles, axis.tile * axis.halo * rest))
-        x = ops.transpose(x, (0, 2, 1, 3))
-        count = count * axis.tiles
-        x = ops.reshape(x, (count * heads * elements, halo, axis.tile, axis.halo * rest))
-        x = ops.transpose(x, (0, 2, 1, 3))
-        elements, halo = elements * axis.tile, halo * axis.halo
-    return ops.reshape(x, (count, heads, elements, halo))
+def _softmax(logits):
+    if logits.shape[-1] == 1:  # Keras warns of a softmax over a single element
+        return ops.exp(logits - logits)
+    return ops.softmax(logits)
 
 
-def _in_windows(x, query, tiles: list[AxisTiles]):
-    """Picks a window's keys out of (B, tiles, heads, queries, halo): (B, *spatial, heads, keys)."""
-    picks = _combine(tiles, "picks", [axis.halo for axis in tiles])
-    x = ops.take_along_axis(x, picks[:, None][None], -1)
-    return _join(x, tiles, _shape(query)[1:-2])
+def _weigh(probabilities, value, tiles: Tiles):
+    return _join(ops.matmul(probabilities, _split(value, tiles.keys, tiles.tiles, tiles.halo)), value, tiles)
+
+
+def _in_windows(x, query, tiles: Tiles):
+    """Picks a window's keys out of (B, T, heads, Q, L): (B, *spatial, heads, keys)."""
+    picks = _index(tiles.picks)[:, None][None]
+    return _join(ops.take_along_axis(x, picks, -1), query, tiles)
