@@ -127,6 +127,7 @@ def _neighborhood_attention(
     if choose(implementation, _why_unavailable(), obstacle) == "native":
         biases = () if rel_pos_bias is None else (tf.cast(rel_pos_bias, query.dtype),)
         return _native_attention(query, key, value, *biases, sizes=sizes, scale=scale)
+    _check_unknown_sizes(query, key, value, *sizes)
     return composed_attention.neighborhood_attention(
         *(query, key, value, *sizes),
         rel_pos_bias=rel_pos_bias,
@@ -149,6 +150,18 @@ def _convert(name: str, tensor, query: tf.Tensor) -> tf.Tensor:
     if tensor.dtype != query.dtype:
         raise TypeError(f"query is {query.dtype.name} and {name} {tensor.dtype.name}; they must be equal")
     return tensor
+
+
+def _check_unknown_sizes(query, key, value, kernel_size: tuple[int, ...], dilation: tuple[int, ...]) -> None:
+    """Checks, when the operation runs, the sizes that are not known yet (XLA, which knows them all, drops this)."""
+    for name, tensor in (("key", key), ("value", value)):
+        if not (query.shape.is_fully_defined() and tensor.shape.is_fully_defined()):
+            message = f"query and {name} have different shapes"
+            tf.debugging.assert_equal(tf.shape(query), tf.shape(tensor), message=message)
+    for axis, (kernel, step) in enumerate(zip(kernel_size, dilation, strict=True), start=1):
+        if query.shape[axis] is None:
+            message = f"kernel_size {kernel} times dilation {step} is more than the positions of axis {axis} of query"
+            tf.debugging.assert_greater_equal(tf.shape(query)[axis], kernel * step, message=message)
 
 
 def _is_compiled_by_xla() -> bool:

@@ -1,0 +1,151 @@
+"""What torch expects of an operator: its own checks, compilation, export, second derivatives."""
+
+import numpy as np
+import pytest
+import torch
+from definition import draw
+
+from neighborhood import native, reference
+from ptmodels.layers import NeighborhoodAttention2D
+from ptmodels.ops import neighborhood_attention
+
+IMPLEMENTATIONS = ("native", "composed")
+
+
+def tensors(shape=(1, 5, 6, 2, 3), kernel_size=(3, 2), biased=True):
+    query, key, value, _, table = draw(0, shape, kernel_size, biased)
+    return [torch.tensor(x, requires_grad=True) for x in (query, key, value, table) if x is not None]
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_the_operators_pass_torchs_own_checks(biased):
+    query, key, value, *bias = tensors(biased=biased)
+    bias = bias[0] if biased else None
+    arguments = (query, key, value, bias, [3, 2], [1, 2], 0.3)
+    operators = torch.ops.neighborhood
+    torch.library.opcheck(operators.attention.default, arguments)
+    output, logsumexp = operators.attention(*arguments)
+    backward = (torch.rand_like(output), query, key, value, bias, logsumexp.detach(), [3, 2], [1, 2], 0.3)
+    torch.library.opcheck(operators.attention_backward.default, backward)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("biased", [True, False])
+def test_first_and_second_derivatives_pass_gradcheck(implementation, biased):
+    def function(query, key, value, bias=None):
+        sizes = ((3, 2), (1, 2))
+        return neighborhood_attention(query, key, value, *sizes, rel_pos_bias=bias, implementation=implementation)
+
+    inputs = tensors((1, 4, 5, 1, 2), biased=biased)
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+def test_what_needs_no_gradient_gets_none():
+    query, key, value, bias = tensors()
+    key = key.detach()
+    neighborhood_attention(query, key, value, (3, 2), rel_pos_bias=bias.detach()).sum().backward()
+    assert query.grad is not None and value.grad is not None
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_layer_compiles_into_one_graph(implementation):
+    layer = NeighborhoodAttention2D(8, 2, (3, 5), rel_pos_bias=True, implementation=implementation).double()
+    x = torch.randn(1, 7, 8, 8, dtype=torch.float64)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=1e-12)
+    x = torch.randn(2, 7, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=1e-12)
+    assert graphs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_layer_compiles_with_inductor_and_trains(implementation, dynamic):
+    layer = NeighborhoodAttention2D(8, 2, (3, 5), rel_pos_bias=True, implementation=implementation).double()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic)
+    for size in (7, 9):
+        x = torch.randn(2, size, 8, 8, dtype=torch.float64)
+        grads = [torch.autograd.grad(module(x).square().sum(), layer.parameters()) for module in (layer, compiled)]
+        for ours, theirs in zip(*grads, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_layer_exports_with_unknown_sizes(implementation):
+    layer = NeighborhoodAttention2D(8, 2, (3, 5), 2, rel_pos_bias=True, implementation=implementation).double().eval()
+    dynamic = torch.export.Dim.DYNAMIC
+    x = torch.randn(2, 11, 12, 8, dtype=torch.float64)
+    program = torch.export.export(layer, (x,), dynamic_shapes=({0: dynamic, 1: dynamic, 2: dynamic},)).module()
+    for shape in [(1, 16, 10), (3, 6, 21)]:
+        x = torch.randn(*shape, 8, dtype=torch.float64)
+        torch.testing.assert_close(program(x), layer(x), rtol=0, atol=1e-12)
+
+
+def test_threads_follow_torchs_setting(monkeypatch):
+    seen = []
+    forward = native.forward
+    monkeypatch.setattr(native, "forward", lambda *a, **k: (seen.append(k["threads"]), forward(*a, **k)))
+    neighborhood_attention(*tensors(biased=False), (3, 2))
+    assert seen == [torch.get_num_threads()]
+
+
+def test_other_devices_take_the_composed_implementation():
+    inputs = [x.detach().to("meta") for x in tensors(biased=False)]
+    assert neighborhood_attention(*inputs, (3, 2)).shape == inputs[0].shape
+    with pytest.raises(RuntimeError, match="cannot be had: the kernels run on the CPU, and query is on meta"):
+        neighborhood_attention(*inputs, (3, 2), implementation="native")
+
+
+def test_what_is_no_tensor_is_named():
+    query, key, value = tensors(biased=False)
+    with pytest.raises(TypeError, match="key is a ndarray; give a torch.Tensor"):
+        neighborhood_attention(query, key.detach().numpy(), value, 3)
+
+
+def test_autocast_works():
+    query, key, value = (x.detach().float() for x in tensors((1, 9, 9, 2, 8), (3, 3), biased=False))
+    layer = NeighborhoodAttention2D(16, 2, 3, rel_pos_bias=True)
+    x = torch.randn(1, 9, 9, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = layer(x)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), layer(x), rtol=0.05, atol=0.05)
+
+
+EAGER_FLEX = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # natten's only CPU path
+
+
+@EAGER_FLEX
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("kernel_size", [3, 7])
+def test_nattens_own_forward_agrees(kernel_size, dilation):
+    natten = pytest.importorskip("natten", reason="natten is not installed (extra [natten])")
+    query, key, value, *_ = draw(3, (1, 15, 17, 2, 16), (kernel_size,) * 2, False, "float32")
+    with torch.no_grad():
+        theirs = natten.na2d(*map(torch.tensor, (query, key, value)), kernel_size=kernel_size, dilation=dilation)
+        ours = neighborhood_attention(*map(torch.tensor, (query, key, value)), kernel_size, dilation)
+    expected = reference.neighborhood_attention(query, key, value, kernel_size, dilation)
+    assert np.abs(theirs.numpy() - expected).max() < 1e-5
+    assert np.abs(ours.numpy() - expected).max() < 1e-5
+
+
+@EAGER_FLEX
+def test_nattens_modules_exchange_state_dicts_with_ours():
+    natten = pytest.importorskip("natten", reason="natten is not installed (extra [natten])")
+    theirs = natten.NeighborhoodAttention2D(embed_dim=32, num_heads=2, kernel_size=5, dilation=2)
+    ours = NeighborhoodAttention2D(32, 2, 5, 2)
+    ours.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(1, 12, 13, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=1e-5)
