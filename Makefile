@@ -2,10 +2,12 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := setup.cfg pyproject.toml constraints.txt
+SOURCES := setup.cfg setup.py pyproject.toml constraints.txt $(wildcard neighborhood/csrc/*)
+# of TensorFlow, in which `make tensorflow-versions` checks the native operations
+VERSIONS ?= 2.16.2 2.19.1
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo test full lint clean
+.PHONY: demo test full lint tensorflow-versions clean
 
 demo: $(VENV)/ready  ## two models, two frameworks, one photograph
 	$(BIN)/python -m parity check swiftformer-xs vit-msn-small
@@ -13,13 +15,15 @@ demo: $(VENV)/ready  ## two models, two frameworks, one photograph
 test: $(VENV)/ready-oracle  ## the tests, those that need transformers too
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-full: $(VENV)/ready-oracle  ## everything, the slow tests and whole variants too
+full: $(VENV)/ready-oracle tensorflow-versions  ## everything, the slow tests and whole variants too
 	$(BIN)/python -m pytest
 	$(BIN)/python -m parity check --all --full
+	$(BIN)/python -m benchmarks.neighborhood_attention
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror neighborhood/csrc/*.h neighborhood/csrc/*.cc
 
 $(VENV)/ready: $(SOURCES)
 	@echo "Setting up $(VENV); the first time this takes a few minutes."
@@ -29,7 +33,16 @@ $(VENV)/ready: $(SOURCES)
 
 $(VENV)/ready-oracle: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[all,oracle]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation natten
+	@touch $@
+
+tensorflow-versions: $(VERSIONS:%=$(VENV)-tensorflow-%/checked)  ## one build, several versions of TensorFlow
+
+$(VENV)-tensorflow-%/checked: $(VENV)/ready tests/neighborhood/check_op.py
+	$(PYTHON) -m venv $(VENV)-tensorflow-$*
+	$(VENV)-tensorflow-$*/bin/python -m pip install --quiet --disable-pip-version-check tensorflow-cpu==$*
+	$(VENV)-tensorflow-$*/bin/python tests/neighborhood/check_op.py
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-tensorflow-* build dist *.egg-info neighborhood/*.so

@@ -119,7 +119,7 @@ class Tiles:
 
     Args:
         lengths, kernel_size, dilation: as of `axis_tiles`, one per axis.
-        xp: as of `axis_tiles`; `repeat`, `tile` and `reshape` too.
+        xp: as of `axis_tiles`; `take` and `reshape` too.
 
     Attributes:
         tiles, tile, halo: T, Q and L.
@@ -172,10 +172,11 @@ class Tiles:
         """
         combined, shape, _ = parts[0]
         for part, own, size in parts[1:]:
-            combined = combined * size
-            for dimension, times in enumerate(own):
-                combined = self._xp.repeat(combined, times, dimension)
-            combined = combined + self._xp.tile(part, shape)
+            for dimension, (ours, theirs) in enumerate(zip(shape, own, strict=True)):
+                position = self._xp.arange(ours * theirs, dtype="int32")
+                combined = self._xp.take(combined, position // theirs, dimension)
+                part = self._xp.take(part, position % theirs, dimension)
+            combined = combined * size + part
             shape = tuple(ours * theirs for ours, theirs in zip(shape, own, strict=True))
         return combined
 

@@ -70,8 +70,11 @@ class _Namespace:
     def arange(self, stop, dtype: str) -> Tensor:
         return torch.arange(stop, dtype=getattr(torch, dtype), device=self.device)
 
-    minimum, maximum, where = map(staticmethod, (torch.minimum, torch.maximum, torch.where))
-    reshape, repeat, tile = map(staticmethod, (torch.reshape, torch.repeat_interleave, torch.tile))
+    def take(self, x: Tensor, index: Tensor, axis: int) -> Tensor:
+        return x.index_select(axis, index)
+
+    minimum, maximum = staticmethod(torch.minimum), staticmethod(torch.maximum)
+    where, reshape = staticmethod(torch.where), staticmethod(torch.reshape)
 
 
 def _tiles(x: Tensor, kernel_size: Sequence[int], dilation: Sequence[int]) -> Tiles:

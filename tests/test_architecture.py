@@ -66,6 +66,7 @@ def test_packages_import_only_what_stands_above_them(package):
     [
         ("modelspec", {"torch", "tensorflow", "keras"}),
         ("neighborhood.reference", {"torch", "tensorflow", "keras", "modelspec"}),
+        ("neighborhood.native", {"torch", "tensorflow", "keras", "modelspec"}),
         ("ptmodels", {"tensorflow", "keras"}),
         ("tfmodels", {"torch"}),
         ("parity.__main__", {"torch", "tensorflow", "keras", "skimage"}),

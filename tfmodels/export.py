@@ -7,6 +7,7 @@ from pathlib import Path
 import keras
 import tensorflow as tf
 
+from neighborhood.choice import prefer
 from tfmodels.pretrained import TFPreTrainedModel
 
 
@@ -38,7 +39,8 @@ def export_saved_model(model: TFPreTrainedModel, directory: str | os.PathLike) -
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as temporary:
         written = Path(temporary) / "written"
         servable = _servable(model)
-        tf.saved_model.save(servable, str(written), signatures={"serving_default": servable.serve})
+        with prefer("composed"):  # native operations would need their library
+            tf.saved_model.save(servable, str(written), signatures={"serving_default": servable.serve})
         if directory.exists():
             directory.rename(Path(temporary) / "old")
         written.rename(directory)

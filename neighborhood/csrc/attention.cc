@@ -95,7 +95,12 @@ const char* check(const NeighborhoodShape& s, bool* empty) {
 }
 
 Shape get_shape(const NeighborhoodShape& s) {
-  return {s.batch, s.height, s.width, s.heads, s.head_dim, {s.kernel_height, s.kernel_width},
+  return {s.batch,
+          s.height,
+          s.width,
+          s.heads,
+          s.head_dim,
+          {s.kernel_height, s.kernel_width},
           {s.dilation_height, s.dilation_width}};
 }
 
@@ -157,8 +162,8 @@ const char* forward(const InstructionSet& set, const Shape& shape, const Forward
 }
 
 template <typename T>
-const char* backward(const InstructionSet& set, const Shape& shape, const BackwardArguments<T>& arguments,
-                     T* grad_bias, int threads) {
+const char* backward(const InstructionSet& set, const Shape& shape, const BackwardArguments<T>& arguments, T* grad_bias,
+                     int threads) {
   const Kernels<T>& kernels = kernels_of<T>(set);
   // Sums of the bias' gradient depend on the bands, so these depend on the shape alone.
   const int64_t rows = std::max<int64_t>(24, 3 * shape.kernel[0]);
@@ -173,8 +178,7 @@ const char* backward(const InstructionSet& set, const Shape& shape, const Backwa
   if (problem || !grad_bias) return problem;
   std::vector<double> sums(shape.heads * table);
   for (int64_t band = 0; band < bands.count(); band++)
-    for (int64_t i = 0; i < table; i++)
-      sums[band / bands.per_map % shape.heads * table + i] += parts[band * table + i];
+    for (int64_t i = 0; i < table; i++) sums[band / bands.per_map % shape.heads * table + i] += parts[band * table + i];
   std::copy(sums.begin(), sums.end(), grad_bias);
   return nullptr;
 }
@@ -233,12 +237,12 @@ const char* neighborhood_backward(int type, const NeighborhoodShape* shape, cons
       if (grad_bias) std::fill_n(static_cast<T*>(grad_bias), sizes.heads * table, zero);
       return static_cast<const char*>(nullptr);
     }
-    return backward<T>(*set, sizes,
-                       {static_cast<const T*>(query), static_cast<const T*>(key), static_cast<const T*>(value),
-                        static_cast<const T*>(bias), static_cast<const T*>(logsumexp),
-                        static_cast<const T*>(grad_output), static_cast<T*>(grad_query), static_cast<T*>(grad_key),
-                        static_cast<T*>(grad_value), scale},
-                       static_cast<T*>(grad_bias), threads);
+    return backward<T>(
+        *set, sizes,
+        {static_cast<const T*>(query), static_cast<const T*>(key), static_cast<const T*>(value),
+         static_cast<const T*>(bias), static_cast<const T*>(logsumexp), static_cast<const T*>(grad_output),
+         static_cast<T*>(grad_query), static_cast<T*>(grad_key), static_cast<T*>(grad_value), scale},
+        static_cast<T*>(grad_bias), threads);
   };
   return guard([&] { return type == kNeighborhoodFloat64 ? run(0.0) : run(0.0f); });
 }

@@ -236,8 +236,7 @@ void score(const T* keys, int64_t key_stride, int64_t head_dim, const ScoreRow<T
 #pragma GCC unroll 4
   for (int r = 0; r < Rows; r++)
 #pragma GCC unroll 8
-    for (int o = 0; o < Offsets; o++)
-      rows[r].scores[o] = rows[r].bias ? sums[r][o] + rows[r].bias[o] : sums[r][o];
+    for (int o = 0; o < Offsets; o++) rows[r].scores[o] = rows[r].bias ? sums[r][o] + rows[r].bias[o] : sums[r][o];
 }
 
 template <typename T>
@@ -418,10 +417,10 @@ inline GroupFunction<T> group_function(const Group<T>& group, int64_t channels) 
 // Neighbouring queries of a row, one per lane, and the offsets that their windows need.
 template <typename T>
 struct Tile {
-  int64_t first, lanes;          // queries first..first + lanes
+  int64_t first, lanes;  // queries first..first + lanes
   int64_t first_offset, offsets;
-  bool border;                   // whether some lane's window lacks some offset
-  Integers<T> start;             // each lane's first key, as an offset from its query
+  bool border;        // whether some lane's window lacks some offset
+  Integers<T> start;  // each lane's first key, as an offset from its query
 
   Tile(const Axis& columns, int64_t x) {
     constexpr int n = Simd<T>::kLanes;
@@ -691,8 +690,8 @@ void forward(const Shape& shape, const ForwardArguments<T>& arguments, const Map
     for (int64_t x = 0; x < map.columns.length; x += n) {
       const Tile<T> tile(map.columns, x);
       for (int64_t r = 0; r < count; r++)
-        transpose<T>(arguments.query + map.offset + (y + r) * map.row_stride + x * map.column_stride,
-                     map.column_stride, tile.lanes, sizes.head_dim, static_cast<T>(arguments.scale),
+        transpose<T>(arguments.query + map.offset + (y + r) * map.row_stride + x * map.column_stride, map.column_stride,
+                     tile.lanes, sizes.head_dim, static_cast<T>(arguments.scale),
                      reinterpret_cast<T*>(scratch.queries + r * sizes.head_dim), n);
       score_tile<T>(sizes, map, tile, scratch.keys, bias, y, count, scratch.queries, scratch.scores);
       for (int64_t r = 0; r < count; r++) {
@@ -871,8 +870,7 @@ void backward(const Shape& shape, const BackwardArguments<T>& arguments, const M
               for (int64_t o = 0; o < tile.offsets; o++) sums[o] += slopes[a * tile.offsets + o];
             }
         }
-        scatter<T>(sizes, map, tile, y + r, begin, end, slopes, arguments.query + row, scratch.grad_keys,
-                   scratch.rows);
+        scatter<T>(sizes, map, tile, y + r, begin, end, slopes, arguments.query + row, scratch.grad_keys, scratch.rows);
         scatter<T>(sizes, map, tile, y + r, begin, end, weights, arguments.grad_output + row, scratch.grad_values,
                    scratch.rows);
       }

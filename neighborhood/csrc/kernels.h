@@ -16,9 +16,9 @@ constexpr int64_t kRowBlock = 3;
 template <typename T>
 struct ForwardArguments {
   const T *query, *key, *value;
-  const T* bias;    // (heads, 2 kernel - 1, 2 kernel - 1), or null
-  T* output;        // like query
-  T* logsumexp;     // (batch, height, width, heads), or null
+  const T* bias;  // (heads, 2 kernel - 1, 2 kernel - 1), or null
+  T* output;      // like query
+  T* logsumexp;   // (batch, height, width, heads), or null
   double scale;
 };
 
@@ -49,7 +49,6 @@ struct InstructionSet {
   Kernels<float> float32;
   Kernels<double> float64;
 };
-
 
 }  // namespace neighborhood
 

@@ -9,8 +9,8 @@
 
 enum NeighborhoodType { kNeighborhoodFloat32 = 0, kNeighborhoodFloat64 = 1 };
 
-// Sizes of a call. query, key, value, output and their gradients are contiguous (batch, height, width, heads, head_dim);
-// the bias is (heads, 2 kernel_height - 1, 2 kernel_width - 1); logsumexp is (batch, height, width, heads).
+// Sizes of a call. query, key, value, output and their gradients are contiguous (batch, height, width, heads,
+// head_dim); the bias is (heads, 2 kernel_height - 1, 2 kernel_width - 1); logsumexp is (batch, height, width, heads).
 struct NeighborhoodShape {
   int64_t batch, height, width, heads, head_dim;
   int64_t kernel_height, kernel_width, dilation_height, dilation_width;
@@ -23,9 +23,9 @@ NEIGHBORHOOD_EXPORT const char* neighborhood_forward(int type, const Neighborhoo
                                                      void* logsumexp, double scale, int threads);
 NEIGHBORHOOD_EXPORT const char* neighborhood_backward(int type, const NeighborhoodShape* shape, const void* query,
                                                       const void* key, const void* value, const void* bias,
-                                                      const void* logsumexp, const void* grad_output,
-                                                      void* grad_query, void* grad_key, void* grad_value,
-                                                      void* grad_bias, double scale, int threads);
+                                                      const void* logsumexp, const void* grad_output, void* grad_query,
+                                                      void* grad_key, void* grad_value, void* grad_bias, double scale,
+                                                      int threads);
 
 // The instruction set in use: the best that the machine has, or the one that the environment variable
 // NEIGHBORHOOD_INSTRUCTION_SET or the last call of the setter named. The setter returns null or a message.

@@ -27,49 +27,49 @@ enum { kFloat = 1, kDouble = 2 };                                // TF_DataType
 enum { kOk = 0, kInvalidArgument = 3, kResourceExhausted = 8 };  // TF_Code
 
 // X(result, name, arguments)
-#define TENSORFLOW_FUNCTIONS(X)                                                                                       \
-  X(TF_Status*, TF_NewStatus, ())                                                                                     \
-  X(void, TF_DeleteStatus, (TF_Status*))                                                                              \
-  X(void, TF_SetStatus, (TF_Status*, int, const char*))                                                               \
-  X(int, TF_GetCode, (const TF_Status*))                                                                              \
-  X(const char*, TF_Message, (const TF_Status*))                                                                      \
-  X(TF_OpDefinitionBuilder*, TF_NewOpDefinitionBuilder, (const char*))                                                \
-  X(void, TF_OpDefinitionBuilderAddInput, (TF_OpDefinitionBuilder*, const char*))                                     \
-  X(void, TF_OpDefinitionBuilderAddOutput, (TF_OpDefinitionBuilder*, const char*))                                    \
-  X(void, TF_OpDefinitionBuilderAddAttr, (TF_OpDefinitionBuilder*, const char*))                                      \
-  X(void, TF_OpDefinitionBuilderSetShapeInferenceFunction,                                                            \
-    (TF_OpDefinitionBuilder*, void (*)(TF_ShapeInferenceContext*, TF_Status*)))                                       \
-  X(void, TF_RegisterOpDefinition, (TF_OpDefinitionBuilder*, TF_Status*))                                             \
-  X(TF_ShapeHandle*, TF_NewShapeHandle, ())                                                                           \
-  X(void, TF_DeleteShapeHandle, (TF_ShapeHandle*))                                                                    \
-  X(int64_t, TF_ShapeInferenceContextNumInputs, (TF_ShapeInferenceContext*))                                          \
-  X(void, TF_ShapeInferenceContextGetInput, (TF_ShapeInferenceContext*, int, TF_ShapeHandle*, TF_Status*))            \
-  X(void, TF_ShapeInferenceContextSetOutput, (TF_ShapeInferenceContext*, int, TF_ShapeHandle*, TF_Status*))           \
-  X(int, TF_ShapeInferenceContextRankKnown, (TF_ShapeInferenceContext*, TF_ShapeHandle*))                             \
-  X(void, TF_ShapeInferenceContextWithRankAtLeast,                                                                    \
-    (TF_ShapeInferenceContext*, TF_ShapeHandle*, int64_t, TF_ShapeHandle*, TF_Status*))                               \
-  X(void, TF_ShapeInferenceContextWithRankAtMost,                                                                     \
-    (TF_ShapeInferenceContext*, TF_ShapeHandle*, int64_t, TF_ShapeHandle*, TF_Status*))                               \
-  X(void, TF_ShapeInferenceContextSubshape,                                                                           \
-    (TF_ShapeInferenceContext*, TF_ShapeHandle*, int64_t, int64_t, TF_ShapeHandle*, TF_Status*))                      \
-  X(TF_KernelBuilder*, TF_NewKernelBuilder,                                                                           \
-    (const char*, const char*, void* (*)(TF_OpKernelConstruction*), void (*)(void*, TF_OpKernelContext*),             \
-     void (*)(void*)))                                                                                                \
-  X(void, TF_KernelBuilder_TypeConstraint, (TF_KernelBuilder*, const char*, int, TF_Status*))                         \
-  X(void, TF_RegisterKernelBuilder, (const char*, TF_KernelBuilder*, TF_Status*))                                     \
-  X(void, TF_OpKernelConstruction_GetAttrSize,                                                                        \
-    (TF_OpKernelConstruction*, const char*, int32_t*, int32_t*, TF_Status*))                                          \
-  X(void, TF_OpKernelConstruction_GetAttrInt64List,                                                                   \
-    (TF_OpKernelConstruction*, const char*, int64_t*, int, TF_Status*))                                               \
-  X(void, TF_OpKernelConstruction_Failure, (TF_OpKernelConstruction*, TF_Status*))                                    \
-  X(int, TF_NumInputs, (TF_OpKernelContext*))                                                                         \
-  X(void, TF_GetInput, (TF_OpKernelContext*, int, TF_Tensor**, TF_Status*))                                           \
-  X(TF_Tensor*, TF_AllocateOutput, (TF_OpKernelContext*, int, int, const int64_t*, int, size_t, TF_Status*))          \
-  X(void, TF_OpKernelContext_Failure, (TF_OpKernelContext*, TF_Status*))                                              \
-  X(int, TF_TensorType, (const TF_Tensor*))                                                                           \
-  X(int, TF_NumDims, (const TF_Tensor*))                                                                              \
-  X(int64_t, TF_Dim, (const TF_Tensor*, int))                                                                         \
-  X(void*, TF_TensorData, (const TF_Tensor*))                                                                         \
+#define TENSORFLOW_FUNCTIONS(X)                                                                              \
+  X(TF_Status*, TF_NewStatus, ())                                                                            \
+  X(void, TF_DeleteStatus, (TF_Status*))                                                                     \
+  X(void, TF_SetStatus, (TF_Status*, int, const char*))                                                      \
+  X(int, TF_GetCode, (const TF_Status*))                                                                     \
+  X(const char*, TF_Message, (const TF_Status*))                                                             \
+  X(TF_OpDefinitionBuilder*, TF_NewOpDefinitionBuilder, (const char*))                                       \
+  X(void, TF_OpDefinitionBuilderAddInput, (TF_OpDefinitionBuilder*, const char*))                            \
+  X(void, TF_OpDefinitionBuilderAddOutput, (TF_OpDefinitionBuilder*, const char*))                           \
+  X(void, TF_OpDefinitionBuilderAddAttr, (TF_OpDefinitionBuilder*, const char*))                             \
+  X(void, TF_OpDefinitionBuilderSetShapeInferenceFunction,                                                   \
+    (TF_OpDefinitionBuilder*, void (*)(TF_ShapeInferenceContext*, TF_Status*)))                              \
+  X(void, TF_RegisterOpDefinition, (TF_OpDefinitionBuilder*, TF_Status*))                                    \
+  X(TF_ShapeHandle*, TF_NewShapeHandle, ())                                                                  \
+  X(void, TF_DeleteShapeHandle, (TF_ShapeHandle*))                                                           \
+  X(int64_t, TF_ShapeInferenceContextNumInputs, (TF_ShapeInferenceContext*))                                 \
+  X(void, TF_ShapeInferenceContextGetInput, (TF_ShapeInferenceContext*, int, TF_ShapeHandle*, TF_Status*))   \
+  X(void, TF_ShapeInferenceContextSetOutput, (TF_ShapeInferenceContext*, int, TF_ShapeHandle*, TF_Status*))  \
+  X(int, TF_ShapeInferenceContextRankKnown, (TF_ShapeInferenceContext*, TF_ShapeHandle*))                    \
+  X(void, TF_ShapeInferenceContextWithRankAtLeast,                                                           \
+    (TF_ShapeInferenceContext*, TF_ShapeHandle*, int64_t, TF_ShapeHandle*, TF_Status*))                      \
+  X(void, TF_ShapeInferenceContextWithRankAtMost,                                                            \
+    (TF_ShapeInferenceContext*, TF_ShapeHandle*, int64_t, TF_ShapeHandle*, TF_Status*))                      \
+  X(void, TF_ShapeInferenceContextSubshape,                                                                  \
+    (TF_ShapeInferenceContext*, TF_ShapeHandle*, int64_t, int64_t, TF_ShapeHandle*, TF_Status*))             \
+  X(TF_KernelBuilder*, TF_NewKernelBuilder,                                                                  \
+    (const char*, const char*, void* (*)(TF_OpKernelConstruction*), void (*)(void*, TF_OpKernelContext*),    \
+     void (*)(void*)))                                                                                       \
+  X(void, TF_KernelBuilder_TypeConstraint, (TF_KernelBuilder*, const char*, int, TF_Status*))                \
+  X(void, TF_RegisterKernelBuilder, (const char*, TF_KernelBuilder*, TF_Status*))                            \
+  X(void, TF_OpKernelConstruction_GetAttrSize,                                                               \
+    (TF_OpKernelConstruction*, const char*, int32_t*, int32_t*, TF_Status*))                                 \
+  X(void, TF_OpKernelConstruction_GetAttrInt64List,                                                          \
+    (TF_OpKernelConstruction*, const char*, int64_t*, int, TF_Status*))                                      \
+  X(void, TF_OpKernelConstruction_Failure, (TF_OpKernelConstruction*, TF_Status*))                           \
+  X(int, TF_NumInputs, (TF_OpKernelContext*))                                                                \
+  X(void, TF_GetInput, (TF_OpKernelContext*, int, TF_Tensor**, TF_Status*))                                  \
+  X(TF_Tensor*, TF_AllocateOutput, (TF_OpKernelContext*, int, int, const int64_t*, int, size_t, TF_Status*)) \
+  X(void, TF_OpKernelContext_Failure, (TF_OpKernelContext*, TF_Status*))                                     \
+  X(int, TF_TensorType, (const TF_Tensor*))                                                                  \
+  X(int, TF_NumDims, (const TF_Tensor*))                                                                     \
+  X(int64_t, TF_Dim, (const TF_Tensor*, int))                                                                \
+  X(void*, TF_TensorData, (const TF_Tensor*))                                                                \
   X(void, TF_DeleteTensor, (TF_Tensor*))
 
 #define DECLARE(result, name, arguments) result(*name) arguments = nullptr;
@@ -172,8 +172,8 @@ void* allocate(TF_OpKernelContext* context, int index, int type, const Dimension
   if (!status.ok()) return nullptr;
   size_t bytes = type == kDouble ? 8 : 4;
   for (const int64_t size : dimensions) bytes *= size;
-  TF_Tensor* tensor = TF_AllocateOutput(context, index, type, dimensions.data(), static_cast<int>(dimensions.size()),
-                                        bytes, status);
+  TF_Tensor* tensor =
+      TF_AllocateOutput(context, index, type, dimensions.data(), static_cast<int>(dimensions.size()), bytes, status);
   if (!status.ok()) return nullptr;
   void* data = TF_TensorData(tensor);
   TF_DeleteTensor(tensor);  // our reference to it
@@ -218,9 +218,15 @@ struct Call {
     scale = *static_cast<const double*>(inputs.data(inputs.size() - 1));
     type = inputs.type(0);
     const bool flat = axes == 1;
-    shape = {query[0], flat ? 1 : query[1], query[axes], query[axes + 1], query[axes + 2],
-             flat ? 1 : attributes.kernel_size[0], attributes.kernel_size[axes - 1],
-             flat ? 1 : attributes.dilation[0], attributes.dilation[axes - 1]};
+    shape = {query[0],
+             flat ? 1 : query[1],
+             query[axes],
+             query[axes + 1],
+             query[axes + 2],
+             flat ? 1 : attributes.kernel_size[0],
+             attributes.kernel_size[axes - 1],
+             flat ? 1 : attributes.dilation[0],
+             attributes.dilation[axes - 1]};
   }
   int kernel_type() const { return type == kDouble ? kNeighborhoodFloat64 : kNeighborhoodFloat32; }
 };
@@ -309,11 +315,11 @@ bool look_up_functions() {
   void* library = dlopen("libtensorflow_framework.so.2", RTLD_NOW | RTLD_NOLOAD);
   void* where = library ? library : RTLD_DEFAULT;
   if (!dlsym(where, "TF_NewOpDefinitionBuilder")) return false;  // no TensorFlow here: somebody else loads us
-#define LOOK_UP(result, name, arguments)                                                              \
-  name = reinterpret_cast<result(*) arguments>(dlsym(where, #name));                                  \
-  if (!name) {                                                                                        \
+#define LOOK_UP(result, name, arguments)                                                                  \
+  name = reinterpret_cast<result(*) arguments>(dlsym(where, #name));                                      \
+  if (!name) {                                                                                            \
     std::fprintf(stderr, "neighborhood: this TensorFlow has no %s; its ops are not registered\n", #name); \
-    return false;                                                                                     \
+    return false;                                                                                         \
   }
   TENSORFLOW_FUNCTIONS(LOOK_UP)
 #undef LOOK_UP

@@ -18,7 +18,8 @@ void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>
 int default_threads();
 void set_default_threads(int threads);
 
-// Working memory of the calling thread, aligned to 64 bytes, kept for its next call unless large. Null if there is none.
+// Working memory of the calling thread, aligned to 64 bytes, kept for its next call unless large. Null if there is
+// none.
 void* working_memory(size_t bytes);
 
 // Gives large working memory back.
