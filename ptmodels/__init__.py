@@ -11,6 +11,8 @@ from modelspec import (
     ViTMSNConfig,
 )
 from ptmodels.auto import create_model, load
+from ptmodels.dinat import DinatBackbone, DinatForImageClassification, DinatModel
+from ptmodels.nat import NatBackbone, NatForImageClassification, NatModel
 from ptmodels.swiftformer import SwiftFormerForImageClassification, SwiftFormerModel
 from ptmodels.vit_msn import ViTMSNForImageClassification, ViTMSNModel
 
@@ -23,6 +25,12 @@ __all__ = [
     "SourceError",
     "SwiftFormerConfig",
     "ViTMSNConfig",
+    "DinatBackbone",
+    "DinatForImageClassification",
+    "DinatModel",
+    "NatBackbone",
+    "NatForImageClassification",
+    "NatModel",
     "SwiftFormerForImageClassification",
     "SwiftFormerModel",
     "ViTMSNForImageClassification",

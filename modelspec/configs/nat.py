@@ -107,6 +107,22 @@ class NeighborhoodConfig(ModelConfig):
         """`["stem", "stage1", ...]`."""
         return ["stem", *(f"stage{stage + 1}" for stage in range(self.num_layers))]
 
+    @property
+    def drop_paths(self) -> list[list[float]]:
+        """The drop path rate of every block, per stage: linear from 0 at the very first to the configured rate."""
+        last = max(sum(self.depths) - 1, 1)
+        starts = [sum(self.depths[:stage]) for stage in range(len(self.depths))]
+        return [
+            [self.drop_path_rate * (start + block) / last for block in range(depth)]
+            for start, depth in zip(starts, self.depths, strict=True)
+        ]
+
+    @property
+    def channels(self) -> dict[str, int]:
+        """The width of the map that each stage gives a backbone, before the downsampling; by stage name."""
+        widths = [self.embed_dim, *(self.embed_dim * 2**stage for stage in range(self.num_layers))]
+        return dict(zip(self.stage_names, widths, strict=True))
+
     def validate(self) -> None:
         super().validate()
         self._require_length("num_heads", "depths")

@@ -104,3 +104,21 @@ class ImageClassifierOutputWithNoAttention(ModelOutput):
     """`ImageClassifierOutput` of a model whose attention has no weights to show."""
 
     fields = ("loss", "logits", "hidden_states")
+
+
+class ModelOutputWithReshapedStates(ModelOutput):
+    """Output of a bare NAT or DiNAT: maps are (B, H, W, C), those of `reshaped_hidden_states` (B, C, H, W)."""
+
+    fields = ("last_hidden_state", "pooler_output", "hidden_states", "attentions", "reshaped_hidden_states")
+
+
+class ImageClassifierOutputWithReshapedStates(ModelOutput):
+    """`ImageClassifierOutput` of NAT and DiNAT, whose hidden states are (B, H, W, C), and (B, C, H, W) reshaped."""
+
+    fields = ("loss", "logits", "hidden_states", "attentions", "reshaped_hidden_states")
+
+
+class BackboneOutput(ModelOutput):
+    """Output of a backbone: `feature_maps`, each (B, C, H, W), of the chosen stages, and what was asked for."""
+
+    fields = ("feature_maps", "hidden_states", "attentions")
