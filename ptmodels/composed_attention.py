@@ -28,7 +28,7 @@ def neighborhood_attention(
     """As `ptmodels.ops.neighborhood_attention`, of checked arguments."""
     tiles = _tiles(query, kernel_size, dilation)
     logits = _logits(scale * query, key, tiles, rel_pos_bias)  # (B, T, heads, Q, L)
-    inside = _index(tiles.slots, query)[:, None] >= 0
+    inside = _index_on(tiles.slots, query)[:, None] >= 0
     logits = torch.where(inside, logits, torch.finfo(logits.dtype).min)
     probabilities = logits.softmax(-1).to(value.dtype)
     if dropout is not None:
@@ -55,7 +55,7 @@ def window_logits(
 def attend(probabilities: Tensor, value: Tensor, kernel_size: Sequence[int], dilation: Sequence[int]) -> Tensor:
     """Returns the sums of each query's values, weighted by (B, *spatial, heads, keys)."""
     tiles = _tiles(value, kernel_size, dilation)
-    slots = _index(tiles.slots, value)[:, None].long()  # (T, 1, Q, L)
+    slots = _index_on(tiles.slots, value)[:, None].long()  # (T, 1, Q, L)
     probabilities = _split(probabilities, tiles.queries, tiles.tiles, tiles.tile)  # (B, T, heads, Q, K)
     probabilities = torch.take_along_dim(probabilities, slots.clamp(min=0)[None], -1)  # (B, T, heads, Q, L)
     return _weigh(torch.where(slots >= 0, probabilities, torch.zeros_like(probabilities)), value, tiles)
@@ -89,21 +89,21 @@ def _tiles(x: Tensor, kernel_size: Sequence[int], dilation: Sequence[int]) -> Ti
     return Tiles(lengths, kernel_size, dilation, _Namespace(x.device))
 
 
-def _index(array, x: Tensor) -> Tensor:
+def _index_on(array, x: Tensor) -> Tensor:
     return torch.as_tensor(array, device=x.device)
 
 
 def _split(x: Tensor, positions, tiles, elements: int) -> Tensor:
     """Gathers (B, *spatial, heads, channels) into (B, tiles, heads, elements of a tile, channels)."""
     batch, heads, channels = x.shape[0], x.shape[-2], x.shape[-1]
-    x = x.flatten(1, -3).flatten(2).index_select(1, _index(positions, x))
+    x = x.flatten(1, -3).flatten(2).index_select(1, _index_on(positions, x))
     return x.reshape(batch, tiles, elements, heads, channels).transpose(2, 3)
 
 
 def _join(x: Tensor, like: Tensor, tiles: Tiles) -> Tensor:
     """Puts (B, T, heads, Q, channels) back as (B, *spatial, heads, channels), spatial as of `like`."""
     heads, channels = x.shape[2], x.shape[4]
-    x = x.transpose(2, 3).flatten(1, 2).flatten(2).index_select(1, _index(tiles.outputs, x))
+    x = x.transpose(2, 3).flatten(1, 2).flatten(2).index_select(1, _index_on(tiles.outputs, x))
     return x.reshape(*like.shape[:-2], heads, channels)
 
 
@@ -121,7 +121,7 @@ def _logits(query: Tensor, key: Tensor, tiles: Tiles, rel_pos_bias: Tensor | Non
 
 def _bias(table: Tensor, tiles: Tiles) -> Tensor:
     """Looks up (heads, 2 * kernel_size - 1 per axis) as (T, heads, Q, L)."""
-    entries = _index(tiles.biases, table)
+    entries = _index_on(tiles.biases, table)
     table = table.flatten(1).index_select(1, entries.flatten())
     return table.reshape(table.shape[0], *entries.shape).transpose(0, 1)
 
@@ -132,5 +132,5 @@ def _weigh(probabilities: Tensor, value: Tensor, tiles: Tiles) -> Tensor:
 
 def _in_windows(x: Tensor, query: Tensor, tiles: Tiles) -> Tensor:
     """Picks a window's keys out of (B, T, heads, Q, L): (B, *spatial, heads, keys)."""
-    picks = _index(tiles.picks, x)[:, None][None].long()
+    picks = _index_on(tiles.picks, x)[:, None][None].long()
     return _join(torch.take_along_dim(x, picks, -1), query, tiles)

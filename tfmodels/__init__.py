@@ -11,6 +11,8 @@ from modelspec import (
     ViTMSNConfig,
 )
 from tfmodels.auto import create_model, load
+from tfmodels.dinat import TFDinatBackbone, TFDinatForImageClassification, TFDinatModel
+from tfmodels.nat import TFNatBackbone, TFNatForImageClassification, TFNatModel
 from tfmodels.swiftformer import TFSwiftFormerForImageClassification, TFSwiftFormerModel
 from tfmodels.vit_msn import TFViTMSNForImageClassification, TFViTMSNModel
 
@@ -23,6 +25,12 @@ __all__ = [
     "SourceError",
     "SwiftFormerConfig",
     "ViTMSNConfig",
+    "TFDinatBackbone",
+    "TFDinatForImageClassification",
+    "TFDinatModel",
+    "TFNatBackbone",
+    "TFNatForImageClassification",
+    "TFNatModel",
     "TFSwiftFormerForImageClassification",
     "TFSwiftFormerModel",
     "TFViTMSNForImageClassification",

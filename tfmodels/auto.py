@@ -4,11 +4,19 @@ import os
 
 from modelspec.checkpoints import initial_weights, parameter_shapes
 from modelspec.configs import get_config, load_config
+from tfmodels.dinat import TFDinatBackbone, TFDinatForImageClassification, TFDinatModel
+from tfmodels.nat import TFNatBackbone, TFNatForImageClassification, TFNatModel
 from tfmodels.pretrained import TFPreTrainedModel
 from tfmodels.swiftformer import TFSwiftFormerForImageClassification, TFSwiftFormerModel
 from tfmodels.vit_msn import TFViTMSNForImageClassification, TFViTMSNModel
 
 _CLASSES: dict[str, dict[str, type[TFPreTrainedModel]]] = {
+    "nat": {"Model": TFNatModel, "ForImageClassification": TFNatForImageClassification, "Backbone": TFNatBackbone},
+    "dinat": {
+        "Model": TFDinatModel,
+        "ForImageClassification": TFDinatForImageClassification,
+        "Backbone": TFDinatBackbone,
+    },
     "swiftformer": {"Model": TFSwiftFormerModel, "ForImageClassification": TFSwiftFormerForImageClassification},
     "vit_msn": {"Model": TFViTMSNModel, "ForImageClassification": TFViTMSNForImageClassification},
 }

@@ -80,8 +80,8 @@ def _walk(layer: keras.layers.Layer, prefix: str) -> Iterator[tuple[str, Checkpo
             yield from _walk(value, f"{prefix}{name}.")
         elif isinstance(value, keras.Variable):
             yield prefix + name, CheckpointVariable(value)
-        elif isinstance(value, (list, tuple)):
-            for index, entry in enumerate(value):
+        elif isinstance(value, (list, tuple, dict)):
+            for index, entry in value.items() if isinstance(value, dict) else enumerate(value):
                 if isinstance(entry, keras.layers.Layer):
                     yield from _walk(entry, f"{prefix}{name}.{index}.")
 
