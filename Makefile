@@ -9,8 +9,8 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .PHONY: demo test full lint tensorflow-versions clean
 
-demo: $(VENV)/ready  ## two models, two frameworks, one photograph
-	$(BIN)/python -m parity check swiftformer-xs vit-msn-small
+demo: $(VENV)/ready  ## four families, two frameworks, one photograph
+	$(BIN)/python -m parity check nat-mini dinat-mini swiftformer-xs vit-msn-small
 
 test: $(VENV)/ready-oracle  ## the tests, those that need transformers too
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"

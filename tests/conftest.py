@@ -9,7 +9,7 @@ import numpy as np  # noqa: E402 - after the environment is set
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
-from modelspec import ImageProcessor, SwiftFormerConfig, ViTMSNConfig  # noqa: E402
+from modelspec import DinatConfig, ImageProcessor, NatConfig, SwiftFormerConfig, ViTMSNConfig  # noqa: E402
 
 # A loaded machine is slow, and CI draws the same examples every time.
 settings.register_profile("twinzoo", deadline=None, derandomize="CI" in os.environ)
@@ -42,10 +42,23 @@ def vit_msn_config():
     )
 
 
-@pytest.fixture(params=["swiftformer", "vit_msn"])
-def config(request, swiftformer_config, vit_msn_config):
+NEIGHBORHOOD = {"depths": [2, 1], "num_heads": [2, 4], "embed_dim": 16, "kernel_size": 3, "drop_path_rate": 0.0}
+
+
+@pytest.fixture
+def nat_config():
+    return NatConfig(**NEIGHBORHOOD, num_labels=10)
+
+
+@pytest.fixture
+def dinat_config():
+    return DinatConfig(**NEIGHBORHOOD, dilations=[[1, 2], [1]], layer_scale_init_value=0.5, num_labels=10)
+
+
+@pytest.fixture(params=["nat", "dinat", "swiftformer", "vit_msn"])
+def config(request):
     """A small classifier of each family, for images of 32x32."""
-    return {"swiftformer": swiftformer_config, "vit_msn": vit_msn_config}[request.param]
+    return request.getfixturevalue(f"{request.param}_config")
 
 
 @pytest.fixture(scope="session")

@@ -54,7 +54,7 @@ def serve(saved_model: Path, images: dict[str, np.ndarray], tmp_path: Path) -> d
 
 
 @pytest.mark.parametrize("data_format", ["channels_first", "channels_last"])
-@pytest.mark.parametrize("name", ["swiftformer_tiny", "vit_msn_tiny"])
+@pytest.mark.parametrize("name", ["nat_tiny", "dinat_tiny", "swiftformer_tiny", "vit_msn_tiny"])
 def test_a_process_with_only_tensorflow_serves_any_batch_and_size(name, data_format, tmp_path):
     model = tfmodels.load(GOLDEN / name, data_format=data_format)
     export_saved_model(model, tmp_path / "saved")
@@ -70,7 +70,7 @@ def test_a_process_with_only_tensorflow_serves_any_batch_and_size(name, data_for
         np.testing.assert_allclose(served[size], live, rtol=0, atol=1e-5 * np.abs(live).max())
 
 
-@pytest.mark.parametrize("name", ["swiftformer_tiny", "vit_msn_tiny"])
+@pytest.mark.parametrize("name", ["nat_tiny", "dinat_tiny", "swiftformer_tiny", "vit_msn_tiny"])
 def test_the_export_of_keras_works_too(name, tmp_path):
     model = tfmodels.load(GOLDEN / name)
     size = model.config.image_size if "vit" in name else 64

@@ -79,7 +79,11 @@ def load(source: str | os.PathLike, *, revision: str | None = None, **kwargs) ->
         **kwargs: see `from_pretrained`.
     """
     config = load_config(source, revision=revision)
-    named = config.architectures or []
-    bare = bool(named) and all(name.endswith("Model") for name in named) and "num_labels" not in kwargs
-    cls = model_class(config.model_type, "Model" if bare else "ForImageClassification")
+    architecture = "ForImageClassification"
+    if "num_labels" not in kwargs:
+        named = config.architectures or []
+        for other in ("Model", "Backbone"):
+            if named and all(name.endswith(other) for name in named):
+                architecture = other
+    cls = model_class(config.model_type, architecture)
     return cls.from_pretrained(source, revision=revision, **kwargs)

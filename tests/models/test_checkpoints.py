@@ -26,7 +26,7 @@ from modelspec import (
 from modelspec.checkpoints import probing_weights
 from tfmodels.weights import read_weights
 
-VARIANTS = [name for name in list_models() if get_config(name).model_type in ("swiftformer", "vit_msn")]
+VARIANTS = list_models()
 
 
 @pytest.fixture(params=HALVES, ids=lambda half: half.name)
@@ -50,15 +50,15 @@ def files_of(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_there_are_nine_variants():
-    assert len(VARIANTS) == 9
+def test_there_are_twenty_variants():
+    assert len(VARIANTS) == 20
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_weights_survive_torch_keras_torch_bit_for_bit(name, golden, tmp_path):
     config = get_config(name)
     published = json.loads((golden("keys") / f"{get_variant(name).hub_id.split('/')[1]}.json").read_text())
-    architecture = "ForImageClassification" if "head.weight" in published else "Model"
+    architecture = "ForImageClassification" if {"head.weight", "classifier.weight"} & set(published) else "Model"
     weights = probing_weights(config, architecture=architecture)
     first = ptmodels.auto.model_class(config.model_type, architecture).from_weights(config, weights)
     assert {key: list(shape) for key, shape in first.checkpoint_shapes().items()} == published
@@ -178,8 +178,11 @@ def test_load_picks_the_class(golden):
     assert type(ptmodels.load(golden("swiftformer_tiny"))) is ptmodels.SwiftFormerForImageClassification
     with pytest.warns(CheckpointWarning, match="mask_token"):
         assert type(tfmodels.load(golden("vit_msn_masktoken"))) is tfmodels.TFViTMSNModel
-    with pytest.raises(ValueError, match="no ForImageClassification of 'nat'"):
-        tfmodels.load(golden("nat_tiny"))
+    assert type(tfmodels.load(golden("dinat_tiny"))) is tfmodels.TFDinatForImageClassification
+    for half, name in ((ptmodels, "NatBackbone"), (tfmodels, "TFNatBackbone")):
+        assert type(half.load(golden("nat_tiny_backbone"))) is getattr(half, name)
+        with pytest.raises(ValueError, match="no ForSegmentation of 'nat'"):
+            half.auto.model_class("nat", "ForSegmentation")
 
 
 # Files that cannot be used: one error that names the file, and nothing changed

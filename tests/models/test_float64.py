@@ -12,7 +12,7 @@ from tfmodels.auto import model_class as keras_class
 
 
 @pytest.mark.parametrize("size", [(224, 224), (225, 161)], ids=["224x224", "225x161"])
-@pytest.mark.parametrize("name", ["swiftformer-xs", "vit-msn-small"])
+@pytest.mark.parametrize("name", ["nat-mini", "dinat-mini", "swiftformer-xs", "vit-msn-small"])
 def test_whole_variants_agree(name, size):
     config = get_config(name)
     weights = probing_weights(config, seed=1)
@@ -20,6 +20,8 @@ def test_whole_variants_agree(name, size):
     options = {"output_hidden_states": True}
     if config.model_type == "vit_msn":
         options |= {"output_attentions": True, "interpolate_pos_encoding": size != (224, 224)}
+    elif config.model_type != "swiftformer":
+        options["output_attentions"] = True
     outputs = []
     for half, model_class in zip(HALVES, (torch_class, keras_class), strict=True):
         model = model_class(config.model_type).from_weights(config, weights, dtype="float64")

@@ -104,7 +104,60 @@ def test_vit_msn_mask_token(half):
         assert_agree(masked, {k.removeprefix("masked."): v for k, v in reference.items() if k.startswith(kind)})
 
 
+NEIGHBORHOOD = ["Nat", "Dinat"]
+SIZES = ["square", "oblong", "small"]  # the last is smaller than the windows
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("family", NEIGHBORHOOD)
+def test_nat_and_dinat_outputs_hidden_states_and_attentions(half, family, size):
+    folder = GOLDEN / f"{family.lower()}_tiny"
+    reference = recorded(folder, f"{size}.")
+    options = {"output_hidden_states": True, "output_attentions": True}
+    model = half.model(f"{family}ForImageClassification", folder)
+    actual = half.run(model, pixel_values=reference["pixel_values"], **options)
+    assert_agree(actual, {"logits": reference["logits"]})
+    with pytest.warns(match="left out: classifier.bias"):
+        bare = half.model(f"{family}Model", folder)
+    of_bare = half.run(bare, pixel_values=reference["pixel_values"], **options)
+    for kind, count in (("hidden_states", 4), ("attentions", 3), ("reshaped_hidden_states", 4)):
+        arrays = {k.removeprefix("model."): v for k, v in reference.items() if k.startswith(f"model.{kind}.")}
+        assert len(arrays) == count
+        assert_agree(actual, arrays)
+        assert_agree(of_bare, arrays)
+    for kind in ("last_hidden_state", "pooler_output"):
+        assert_agree(of_bare, {kind: reference[f"model.{kind}"]})
+
+
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", NEIGHBORHOOD)
+def test_nat_and_dinat_logits_of_either_attention(half, family, attn_implementation):
+    folder = GOLDEN / f"{family.lower()}_tiny"
+    reference = recorded(folder, "oblong.")
+    model = half.model(f"{family}ForImageClassification", folder, attn_implementation=attn_implementation)
+    assert_agree(half.run(model, pixel_values=reference["pixel_values"]), {"logits": reference["logits"]})
+
+
+@pytest.mark.parametrize("size", SIZES[:2])
+@pytest.mark.parametrize("family", NEIGHBORHOOD)
+def test_nat_and_dinat_backbones(half, family, size):
+    folder = GOLDEN / f"{family.lower()}_tiny_backbone"
+    reference = recorded(folder, f"{size}.")
+    model = half.model(f"{family}Backbone", folder)
+    actual = half.run(
+        model, pixel_values=reference.pop("pixel_values"), output_hidden_states=True, output_attentions=True
+    )
+    assert actual.keys() == reference.keys()
+    for kind, count in (("feature_maps", 3), ("hidden_states", 4), ("attentions", 3)):
+        arrays = {k: v for k, v in reference.items() if k.startswith(kind)}
+        assert len(arrays) == count
+        assert_agree(actual, arrays)
+    assert model.channels == [16, 16, 64]
+
+
 FAMILIES = {
+    "nat": ("NatForImageClassification", GOLDEN / "nat_tiny", "square.pixel_values"),
+    "dinat": ("DinatForImageClassification", GOLDEN / "dinat_tiny", "square.pixel_values"),
     "swiftformer": ("SwiftFormerForImageClassification", SWIFTFORMER, "square.pixel_values"),
     "vit_msn": ("ViTMSNForImageClassification", VIT_MSN, "pixel_values"),
 }
