@@ -168,3 +168,32 @@ def test_a_swapped_head_is_reported_by_both(tmp_path):
     with pytest.warns(CheckpointWarning, match="dist_head.weight"):
         _, report = half_class(ptmodels, config).from_pretrained(tmp_path, num_labels=3, output_loading_info=True)
     assert {entry[0] for entry in info["mismatched_keys"]} == {entry[0] for entry in report.mismatched}
+
+
+def test_transformers_own_dinat_runs_with_our_natten_functions(monkeypatch):
+    """Its head split, broken since 4.55, is repaired here: (B, W, H, heads, d) becomes (B, heads, H, W, d)."""
+    pytest.importorskip("natten", reason="transformers' DiNAT asks for natten (extra [natten])")
+    from ptmodels import natten_compat
+
+    natten_compat.install()
+    from transformers.models.dinat import modeling_dinat
+
+    def repaired(x):
+        return x.permute(0, 3, 2, 1, 4)
+
+    monkeypatch.setattr(
+        modeling_dinat,
+        "natten2dqkrpb",
+        lambda query, key, *rest: natten_compat.natten2dqkrpb(repaired(query), repaired(key), *rest),
+    )
+    monkeypatch.setattr(
+        modeling_dinat, "natten2dav", lambda attn, value, *rest: natten_compat.natten2dav(attn, repaired(value), *rest)
+    )
+    config = get_config("dinat-mini", num_labels=10)
+    weights = probing_weights(config)
+    theirs = modeling_dinat.DinatForImageClassification(transformers.DinatConfig(**config.to_dict())).eval()
+    theirs.load_state_dict({key: torch.from_numpy(value) for key, value in weights.items()})
+    ours = ptmodels.DinatForImageClassification.from_weights(config, weights).eval()
+    images = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 3, 160, 200), np.float32))
+    with torch.no_grad():
+        assert_logits_agree(ours(images).logits.numpy(), theirs(images).logits.numpy())

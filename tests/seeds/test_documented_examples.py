@@ -37,6 +37,84 @@ def vit_msn_small(tmp_path_factory):
     return checkpoint("vit-msn-small", tmp_path_factory.mktemp("vit-msn-small"), architecture="Model")
 
 
+@pytest.fixture(scope="module")
+def nat_mini(tmp_path_factory):
+    return checkpoint("nat-mini", tmp_path_factory.mktemp("nat-mini"))
+
+
+@pytest.fixture(scope="module")
+def dinat_mini(tmp_path_factory):
+    return checkpoint("dinat-mini", tmp_path_factory.mktemp("dinat-mini"))
+
+
+def test_nat_config():
+    from ptmodels import NatConfig, NatModel
+
+    configuration = NatConfig()
+    model = NatModel(configuration)
+    configuration = model.config
+    assert configuration.depths == [3, 4, 6, 5]
+
+
+def test_nat_model(image, nat_mini):
+    from ptmodels import AutoImageProcessor, NatModel
+
+    image_processor = AutoImageProcessor.from_pretrained(nat_mini)
+    with pytest.warns(CheckpointWarning, match="left out: classifier.bias"):
+        model = NatModel.from_pretrained(nat_mini)
+    inputs = image_processor(image, return_tensors="pt")
+    with torch.no_grad():
+        outputs = model(**inputs)
+    last_hidden_states = outputs.last_hidden_state
+    assert list(last_hidden_states.shape) == [1, 7, 7, 512]
+
+
+def test_nat_for_image_classification(image, nat_mini):
+    from ptmodels import AutoImageProcessor, NatForImageClassification
+
+    image_processor = AutoImageProcessor.from_pretrained(nat_mini)
+    model = NatForImageClassification.from_pretrained(nat_mini)
+    inputs = image_processor(image, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    predicted_label = logits.argmax(-1).item()
+    assert model.config.id2label[predicted_label] == f"LABEL_{predicted_label}"
+
+
+def test_dinat_config():
+    from ptmodels import DinatConfig, DinatModel
+
+    configuration = DinatConfig()
+    model = DinatModel(configuration)
+    configuration = model.config
+    assert configuration.dilations[0] == [1, 8, 1]
+
+
+def test_dinat_model(image, dinat_mini):
+    from ptmodels import AutoImageProcessor, DinatModel
+
+    image_processor = AutoImageProcessor.from_pretrained(dinat_mini)
+    with pytest.warns(CheckpointWarning, match="left out: classifier.bias"):
+        model = DinatModel.from_pretrained(dinat_mini)
+    inputs = image_processor(image, return_tensors="pt")
+    with torch.no_grad():
+        outputs = model(**inputs)
+    last_hidden_states = outputs.last_hidden_state
+    assert list(last_hidden_states.shape) == [1, 7, 7, 512]
+
+
+def test_dinat_for_image_classification(image, dinat_mini):
+    from ptmodels import AutoImageProcessor, DinatForImageClassification
+
+    image_processor = AutoImageProcessor.from_pretrained(dinat_mini)
+    model = DinatForImageClassification.from_pretrained(dinat_mini)
+    inputs = image_processor(image, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    predicted_label = logits.argmax(-1).item()
+    assert model.config.id2label[predicted_label] == f"LABEL_{predicted_label}"
+
+
 def test_swiftformer_config():
     from ptmodels import SwiftFormerConfig, SwiftFormerModel
 
