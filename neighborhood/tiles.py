@@ -17,8 +17,6 @@ import numpy as np
 
 from neighborhood.windows import check_fit
 
-_NONE = -(2**20)  # the slot of a key outside the window: stays negative when the axes are combined
-
 
 @dataclasses.dataclass(frozen=True)
 class AxisTiles:
@@ -93,7 +91,7 @@ def axis_tiles(length, kernel_size: int, dilation: int, xp=np) -> AxisTiles:
         queries=query * dilation + group,
         keys=xp.minimum(key, group_length - 1) * dilation + group,
         outputs=(position % dilation) * (per_group * tile) + position // dilation,
-        slots=xp.where((slot < 0) | (slot >= kernel_size), 0 * slot + _NONE, slot),
+        slots=xp.where((slot < 0) | (slot >= kernel_size), 0 * slot - 1, slot),
         biases=xp.maximum(xp.minimum(bias, 0 * bias + 2 * kernel_size - 2), 0 * bias),
         picks=(start - halo_begin)[:, :, None] + xp.arange(kernel_size, dtype="int32")[None, None],
     )
@@ -154,7 +152,12 @@ class Tiles:
 
     @_once
     def slots(self):
-        return self._combine([(axis.slots, _per_key(axis), axis.kernel_size) for axis in self._axes])
+        # a key outside along one axis stays negative whatever its slots along the others, and 32 bits hold it
+        outside = -_product(axis.kernel_size for axis in self._axes)
+        slots = [self._xp.where(axis.slots < 0, 0 * axis.slots + outside, axis.slots) for axis in self._axes]
+        return self._combine(
+            [(slot, _per_key(axis), axis.kernel_size) for slot, axis in zip(slots, self._axes, strict=True)]
+        )
 
     @_once
     def biases(self):

@@ -347,9 +347,8 @@ class NatForImageClassification(PreTrainedModel):
         options = self.call_options(
             output_attentions=output_attentions, output_hidden_states=output_hidden_states, return_dict=return_dict
         )
-        body = getattr(self, self.config.base_model_prefix)
-        outputs = body(pixel_values, options.output_attentions, options.output_hidden_states, return_dict=True)
-        logits = self.classifier(outputs.pooler_output)
+        outputs = self.body(pixel_values, options.output_attentions, options.output_hidden_states, return_dict=True)
+        logits = self.forward_head(outputs.last_hidden_state)
         output = ImageClassifierOutputWithReshapedStates(
             loss=None if labels is None else image_classification_loss(self.config, labels, logits),
             logits=logits,
@@ -359,6 +358,10 @@ class NatForImageClassification(PreTrainedModel):
         if not options.return_dict:
             return output.to_tuple()
         return with_reshaped_states(output)
+
+    def forward_head(self, features: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        pooled = features.mean(dim=(1, 2))  # (B, C_last)
+        return pooled if pre_logits else self.classifier(pooled)
 
 
 class NatBackbone(PreTrainedModel):
@@ -414,6 +417,10 @@ class NatBackbone(PreTrainedModel):
             attentions=tuple(attentions) if options.output_attentions else None,
         )
         return output if options.return_dict else output.to_tuple()
+
+    def forward_features(self, pixel_values: torch.Tensor, **options) -> tuple[torch.Tensor, ...]:
+        """Returns the feature maps."""
+        return self(pixel_values, **options, return_dict=True).feature_maps
 
     encode = NatModel.encode
 

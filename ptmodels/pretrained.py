@@ -91,6 +91,56 @@ class PreTrainedModel(nn.Module):
     def _is_head(self, key: str) -> bool:
         return key.split(".")[0] in self.config.head_keys
 
+    @property
+    def body(self) -> "PreTrainedModel":
+        """The bare model: the one that a classifier holds, or this one."""
+        return getattr(self, self.config.base_model_prefix, self)
+
+    @property
+    def feature_info(self) -> list[dict]:
+        """Per stage (ViT-MSN: per layer): its `module` in the bare model, `num_chs` and `reduction`, as timm has it."""
+        return self.config.feature_info
+
+    def forward_features(self, pixel_values: torch.Tensor, **options) -> torch.Tensor:
+        """Returns the bare model's `last_hidden_state` of `pixel_values`; `options` are those of its call."""
+        return self.body(pixel_values, **options, return_dict=True).last_hidden_state
+
+    def forward_head(self, features: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Returns the logits (B, num_labels) of what `forward_features` gave.
+
+        Args:
+            features: a `last_hidden_state`.
+            pre_logits: return what the classifier is given instead, (B, C).
+
+        Raises:
+            ValueError: the model has no classification head.
+        """
+        raise ValueError(f"{type(self).__name__} has no classification head; use the ForImageClassification class")
+
+    def reset_classifier(self, num_labels: int) -> None:
+        """Replaces the classifier by a new one, drawn from torch's own seed; the labels become LABEL_0, LABEL_1, ...
+
+        Args:
+            num_labels: number of classes; 0 leaves the classifier out.
+
+        Raises:
+            ValueError: the model has no classification head, or `num_labels` is negative.
+        """
+        if self.body is self:
+            raise ValueError(f"{type(self).__name__} has no classification head; use the ForImageClassification class")
+        self.config.num_labels = num_labels
+        width, device, dtype = self.feature_info[-1]["num_chs"], self.device, self.dtype
+        for name in self.config.num_labels_keys:
+            head = nn.Linear(width, num_labels, device=device, dtype=dtype) if num_labels > 0 else nn.Identity()
+            setattr(self, name, head)
+        heads = {
+            key: shape
+            for key, shape in self.checkpoint_shapes().items()
+            if key.partition(".")[0] in self.config.num_labels_keys
+        }
+        drawn = initial_weights(self.config, heads, _framework_seed())
+        self.load_state_dict({key: torch.from_numpy(value) for key, value in drawn.items()}, strict=False)
+
     def check_pixel_values(self, pixel_values: torch.Tensor | None) -> torch.Tensor:
         """Returns the images, if they are some; the first layer casts them to its dtype.
 

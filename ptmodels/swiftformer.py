@@ -278,11 +278,14 @@ class SwiftFormerForImageClassification(PreTrainedModel):
         """
         options = self.call_options(output_hidden_states=output_hidden_states, return_dict=return_dict)
         outputs = self.swiftformer(pixel_values, options.output_hidden_states, return_dict=True)
-        pooled = self.norm(outputs.last_hidden_state).mean(dim=(2, 3))  # (B, C_last)
-        logits = (self.head(pooled) + self.dist_head(pooled)) / 2
+        logits = self.forward_head(outputs.last_hidden_state)
         output = ImageClassifierOutputWithNoAttention(
             loss=None if labels is None else image_classification_loss(self.config, labels, logits),
             logits=logits,
             hidden_states=outputs.hidden_states,
         )
         return output if options.return_dict else output.to_tuple()
+
+    def forward_head(self, features: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        pooled = self.norm(features).mean(dim=(2, 3))  # (B, C_last)
+        return pooled if pre_logits else (self.head(pooled) + self.dist_head(pooled)) / 2

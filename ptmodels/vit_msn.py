@@ -317,7 +317,7 @@ class ViTMSNForImageClassification(PreTrainedModel):
             interpolate_pos_encoding=interpolate_pos_encoding,
             return_dict=True,
         )
-        logits = self.classifier(outputs.last_hidden_state[:, 0])
+        logits = self.forward_head(outputs.last_hidden_state)
         output = ImageClassifierOutput(
             loss=None if labels is None else image_classification_loss(self.config, labels, logits),
             logits=logits,
@@ -325,3 +325,7 @@ class ViTMSNForImageClassification(PreTrainedModel):
             attentions=outputs.attentions,
         )
         return output if options.return_dict else output.to_tuple()
+
+    def forward_head(self, features: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        pooled = features[:, 0]  # the class token
+        return pooled if pre_logits else self.classifier(pooled)

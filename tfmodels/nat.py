@@ -360,14 +360,13 @@ class TFNatForImageClassification(TFPreTrainedModel):
         options = self.call_options(
             output_attentions=output_attentions, output_hidden_states=output_hidden_states, return_dict=return_dict
         )
-        body = getattr(self, self.config.base_model_prefix)
-        outputs = body(
+        outputs = self.body(
             self.images_to_channels_last(pixel_values),
             output_attentions=options.output_attentions,
             output_hidden_states=options.output_hidden_states,
             return_dict=True,
         )
-        logits = self.classifier(outputs.pooler_output)
+        logits = self.forward_head(outputs.last_hidden_state)
         output = ImageClassifierOutputWithReshapedStates(
             loss=None if labels is None else image_classification_loss(self.config, labels, logits),
             logits=logits,
@@ -377,6 +376,10 @@ class TFNatForImageClassification(TFPreTrainedModel):
         if not options.return_dict:
             return output.to_tuple()
         return with_reshaped_states(output)
+
+    def forward_head(self, features, pre_logits=False):
+        pooled = ops.mean(features, axis=(1, 2))  # (B, C_last)
+        return pooled if pre_logits else self.classifier(pooled)
 
 
 @keras.saving.register_keras_serializable(package="twinzoo")
@@ -432,6 +435,10 @@ class TFNatBackbone(TFPreTrainedModel):
             attentions=tuple(attentions) if options.output_attentions else None,
         )
         return output if options.return_dict else output.to_tuple()
+
+    def forward_features(self, pixel_values, **options):
+        """Returns the feature maps."""
+        return self(pixel_values, **options, return_dict=True).feature_maps
 
     encode = TFNatModel.encode
 

@@ -17,6 +17,7 @@ from modelspec.checkpoints import initial_weights, match_checkpoint, read_safete
 from modelspec.configs import ModelConfig, config_from_dict
 from modelspec.configs.outputs import ModelOutput
 from modelspec.images.processor import ImageBatch
+from tfmodels.layers import Dense
 from tfmodels.losses import image_classification_loss
 from tfmodels.weights import assign_weights, checkpoint_variables, read_weights
 
@@ -64,6 +65,7 @@ class TFPreTrainedModel(keras.Model):
     main_input_name = "pixel_values"
     constructor_arguments: tuple[str, ...] = ()
     takes_any_size = True  # without interpolate_pos_encoding
+    maps_follow_data_format = False  # or last_hidden_state lies the same way whatever data_format says
 
     def __init__(
         self, config: ModelConfig, *, data_format: str = "channels_first", attn_implementation: str = "sdpa", **kwargs
@@ -138,6 +140,72 @@ class TFPreTrainedModel(keras.Model):
         if _deferred:
             return
         assign_weights(self, initial_weights(self.config, self.checkpoint_shapes(), _framework_seed()))
+
+    @property
+    def body(self) -> "TFPreTrainedModel":
+        """The bare model: the one that a classifier holds, or this one."""
+        return getattr(self, self.config.base_model_prefix, self)
+
+    @property
+    def feature_info(self) -> list[dict]:
+        """Per stage (ViT-MSN: per layer): its `module` in the bare model, `num_chs` and `reduction`, as timm has it."""
+        return self.config.feature_info
+
+    def forward_features(self, pixel_values, **options):
+        """Returns the bare model's `last_hidden_state` of `pixel_values`; `options` are those of its call.
+
+        Maps lie as in the bare model's output: NAT's and DiNAT's (B, H, W, C), SwiftFormer's as `data_format` says.
+        """
+        if self.body is self:
+            return self(pixel_values, **options, return_dict=True).last_hidden_state
+        pixel_values = self.images_to_channels_last(pixel_values)
+        features = self.body(pixel_values, **options, return_dict=True).last_hidden_state
+        return self.from_channels_last(features) if self.maps_follow_data_format else features
+
+    def forward_head(self, features, pre_logits: bool = False):
+        """Returns the logits (B, num_labels) of what `forward_features` gave.
+
+        Args:
+            features: a `last_hidden_state`.
+            pre_logits: return what the classifier is given instead, (B, C).
+
+        Raises:
+            ValueError: the model has no classification head.
+        """
+        raise ValueError(f"{type(self).__name__} has no classification head; use the ForImageClassification class")
+
+    def reset_classifier(self, num_labels: int) -> None:
+        """Replaces the classifier by a new one, drawn from Keras' own seed; the labels become LABEL_0, LABEL_1, ...
+
+        A compiled model has to be compiled again, since its optimizer knows the old weights.
+
+        Args:
+            num_labels: number of classes; 0 leaves the classifier out.
+
+        Raises:
+            ValueError: the model has no classification head, or `num_labels` is negative.
+        """
+        if self.body is self:
+            raise ValueError(f"{type(self).__name__} has no classification head; use the ForImageClassification class")
+        self.config.num_labels = num_labels
+        width = self.feature_info[-1]["num_chs"]
+        previous = keras.config.dtype_policy()
+        keras.config.set_dtype_policy(self.dtype_policy)
+        self._tracker.unlock()  # Keras' own way of adding weights to what is built
+        try:
+            for name in self.config.num_labels_keys:
+                self._tracker.untrack(getattr(self, name))
+                setattr(self, name, Dense(width, num_labels) if num_labels > 0 else keras.layers.Identity())
+        finally:
+            self._tracker.lock()
+            keras.config.set_dtype_policy(previous)
+        self.train_function = self.test_function = self.predict_function = None
+        heads = {
+            key: shape
+            for key, shape in self.checkpoint_shapes().items()
+            if key.partition(".")[0] in self.config.num_labels_keys
+        }
+        assign_weights(self, initial_weights(self.config, heads, _framework_seed()))
 
     def images_to_channels_last(self, pixel_values):
         """Returns the images as (B, H, W, C) in the compute dtype.

@@ -264,6 +264,7 @@ class TFSwiftFormerForImageClassification(TFPreTrainedModel):
     """SwiftFormer with its two classification heads, whose logits are averaged."""
 
     config_class = SwiftFormerConfig
+    maps_follow_data_format = True
 
     def __init__(self, config: SwiftFormerConfig, **kwargs):
         super().__init__(config, **kwargs)
@@ -297,8 +298,7 @@ class TFSwiftFormerForImageClassification(TFPreTrainedModel):
             output_hidden_states=options.output_hidden_states,
             return_dict=True,
         )
-        pooled = ops.mean(self.norm(outputs.last_hidden_state), axis=(1, 2))  # (B, C_last)
-        logits = (self.head(pooled) + self.dist_head(pooled)) / 2
+        logits = self.forward_head(self.from_channels_last(outputs.last_hidden_state))
         hidden_states = outputs.hidden_states
         if hidden_states is not None:
             hidden_states = tuple(self.from_channels_last(hidden_state) for hidden_state in hidden_states)
@@ -308,3 +308,9 @@ class TFSwiftFormerForImageClassification(TFPreTrainedModel):
             hidden_states=hidden_states,
         )
         return output if options.return_dict else output.to_tuple()
+
+    def forward_head(self, features, pre_logits=False):
+        if self.data_format == "channels_first":
+            features = ops.transpose(features, (0, 2, 3, 1))
+        pooled = ops.mean(self.norm(features), axis=(1, 2))  # (B, C_last)
+        return pooled if pre_logits else (self.head(pooled) + self.dist_head(pooled)) / 2

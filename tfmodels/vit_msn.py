@@ -341,7 +341,7 @@ class TFViTMSNForImageClassification(TFPreTrainedModel):
             interpolate_pos_encoding=interpolate_pos_encoding,
             return_dict=True,
         )
-        logits = self.classifier(outputs.last_hidden_state[:, 0])
+        logits = self.forward_head(outputs.last_hidden_state)
         output = ImageClassifierOutput(
             loss=None if labels is None else image_classification_loss(self.config, labels, logits),
             logits=logits,
@@ -349,3 +349,7 @@ class TFViTMSNForImageClassification(TFPreTrainedModel):
             attentions=outputs.attentions,
         )
         return output if options.return_dict else output.to_tuple()
+
+    def forward_head(self, features, pre_logits=False):
+        pooled = features[:, 0]  # the class token
+        return pooled if pre_logits else self.classifier(pooled)

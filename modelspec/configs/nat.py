@@ -123,6 +123,14 @@ class NeighborhoodConfig(ModelConfig):
         widths = [self.embed_dim, *(self.embed_dim * 2**stage for stage in range(self.num_layers))]
         return dict(zip(self.stage_names, widths, strict=True))
 
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """Per stage: its `module` in the bare model, `num_chs`, its width, and `reduction`, its stride in pixels."""
+        return [
+            {"module": f"encoder.levels.{stage}", "num_chs": self.embed_dim * 2**stage, "reduction": 4 * 2**stage}
+            for stage in range(self.num_layers)
+        ]
+
     def validate(self) -> None:
         super().validate()
         self._require_length("num_heads", "depths")

@@ -78,6 +78,17 @@ class SwiftFormerConfig(ModelConfig):
             for start, depth in zip(starts, self.depths, strict=True)
         ]
 
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """Per stage: its `module` in the bare model, `num_chs`, its width, and `reduction`, its stride in pixels."""
+        info, index, reduction = [], 0, 4
+        for stage, dim in enumerate(self.embed_dims):
+            info.append({"module": f"encoder.network.{index}", "num_chs": dim, "reduction": reduction})
+            if self.has_downsampling(stage):
+                index, reduction = index + 1, reduction * self.down_stride
+            index += 1
+        return info
+
     def has_downsampling(self, stage: int) -> bool:
         """Whether a downsampling follows the stage of that index: if it is asked for, or if the width changes."""
         if stage + 1 >= len(self.depths):

@@ -54,6 +54,14 @@ class ViTMSNConfig(ModelConfig):
     qkv_bias: bool = setting(True, FLAG)
 
     @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """Per layer: its `module` in the bare model, `num_chs`, its width, and `reduction`, its stride in pixels."""
+        return [
+            {"module": f"encoder.layer.{layer}", "num_chs": self.hidden_size, "reduction": self.patch_size}
+            for layer in range(self.num_hidden_layers)
+        ]
+
+    @property
     def num_patches(self) -> int:
         """Tokens of an image of `image_size`, the class token not counted. A remainder of the division is cut off."""
         return (self.image_size // self.patch_size) ** 2

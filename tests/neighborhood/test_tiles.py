@@ -62,3 +62,11 @@ def test_tiles_of_a_known_map_are_made_once():
 def test_a_window_that_does_not_fit_is_named():
     with pytest.raises(ValueError, match="kernel_size 3 times dilation 2 is 6, more than the 5 positions"):
         Tiles((5,), (3,), (2,))
+
+
+@pytest.mark.parametrize("kernel_size", [(2, 46, 46), (2, 2060), (3, 3)])
+def test_masks_hold_for_windows_of_any_size(kernel_size):
+    lengths = tuple(size + 1 for size in kernel_size)
+    tiles = Tiles(lengths, kernel_size, (1,) * len(kernel_size))
+    inside = (tiles.slots >= 0).sum(-1)
+    assert (inside == np.prod(kernel_size)).all()
