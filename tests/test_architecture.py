@@ -20,6 +20,10 @@ ALLOWED = {
         *("modelspec", "neighborhood", "tfmodels", "ptmodels", "keras", "tensorflow", "torch"),
         *("numpy", "rich", "jinja2", "PIL", "skimage"),
     },
+    "twinzoo": {
+        *("modelspec", "neighborhood", "tfmodels", "ptmodels", "parity", "keras", "tensorflow", "torch"),
+        *("numpy", "rich", "PIL", "matplotlib"),
+    },
 }
 # An image processor returns the tensors of the framework that its caller asks for, and only then imports it.
 ON_REQUEST = {
@@ -73,6 +77,7 @@ def test_packages_import_only_what_stands_above_them(package):
         ("ptmodels", {"tensorflow", "keras"}),
         ("tfmodels", {"torch"}),
         ("parity.__main__", {"torch", "tensorflow", "keras", "skimage"}),
+        ("twinzoo.plots", {"torch", "tensorflow", "keras"}),
     ],
 )
 def test_importing_one_half_leaves_the_other_alone(package, absent):
