@@ -123,6 +123,17 @@ def test_values_that_are_not_finite_stay_in_their_windows(instruction_set, where
     assert np.isfinite(expected).any()
 
 
+@pytest.mark.parametrize("where", ["query", "key", "rel_pos_bias"])
+def test_the_log_sum_exp_is_nan_where_a_logit_is(instruction_set, where):
+    query, key, value, _, table = draw(1, (1, 9, 21, 1, 20), (3, 5), True)
+    tensors = {"query": query, "key": key, "value": value, "rel_pos_bias": table}
+    tensors[where][(0, 4, 10, 0, 3) if where != "rel_pos_bias" else (0, 1, 8)] = np.nan
+    output, logsumexp = np.empty_like(query), np.empty(query.shape[:-1])
+    native.forward(*tensors.values(), (3, 5), 1, None, output=output, logsumexp=logsumexp)
+    np.testing.assert_array_equal(np.isnan(logsumexp), np.isnan(output).all(-1))
+    assert np.isnan(logsumexp).any() and not np.isnan(logsumexp).all()
+
+
 def test_an_empty_batch_is_no_error():
     arrays = draw(0, (0, 5, 6, 2, 4), (3, 3), True)
     output, *grads = run(*arrays, (3, 3), (1, 1))
@@ -149,7 +160,8 @@ def test_concurrent_calls_give_the_same_bits():
 
 
 def _run_in_child(arrays, queue):
-    queue.put(run(*arrays, (5, 5), (1, 1), threads=2))
+    results = run(*arrays, (5, 5), (1, 1), threads=2)
+    queue.put((results, len(os.listdir("/proc/self/task"))))
 
 
 def test_a_fork_after_use_works():
@@ -159,9 +171,10 @@ def test_a_fork_after_use_works():
     queue = context.Queue()
     process = context.Process(target=_run_in_child, args=(arrays, queue))
     process.start()
-    results = queue.get(timeout=60)
+    results, threads = queue.get(timeout=60)
     process.join(60)
     assert process.exitcode == 0
+    assert threads >= 2  # the child has helpers of its own
     for ours, theirs in zip(results, expected, strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
