@@ -68,7 +68,6 @@ def test_vit_msn_outputs_hidden_states_and_attentions(half):
         assert_agree(actual, arrays)
 
 
-@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 def test_vit_msn_logits_of_either_attention(half, attn_implementation):
     reference = recorded(VIT_MSN)
     model = half.model("ViTMSNForImageClassification", VIT_MSN, attn_implementation=attn_implementation)
@@ -129,7 +128,6 @@ def test_nat_and_dinat_outputs_hidden_states_and_attentions(half, family, size):
         assert_agree(of_bare, {kind: reference[f"model.{kind}"]})
 
 
-@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", NEIGHBORHOOD)
 def test_nat_and_dinat_logits_of_either_attention(half, family, attn_implementation):
     folder = GOLDEN / f"{family.lower()}_tiny"
@@ -168,11 +166,17 @@ def family(request):
     return request.param
 
 
+@pytest.fixture(params=["sdpa", "eager"])
+def attn_implementation(request):
+    """Of NAT and DiNAT: the C++ kernels, and the composed operator."""
+    return request.param
+
+
 @pytest.mark.parametrize("problem", ["single", "multi", "regression"])
-def test_losses_of_the_three_problem_types(half, family, problem):
+def test_losses_of_the_three_problem_types(half, family, problem, attn_implementation):
     architecture, folder, images = family
     reference = recorded(folder)
-    model = half.model(architecture, folder)
+    model = half.model(architecture, folder, attn_implementation=attn_implementation)
     if problem == "regression":
         model.config.problem_type = "regression"
     actual = half.run(model, pixel_values=reference[images], labels=reference[f"labels_{problem}"])
@@ -185,10 +189,10 @@ def test_losses_of_the_three_problem_types(half, family, problem):
 GRADIENT_LABELS = np.array([1, 3])
 
 
-def test_gradients_of_the_loss(half, family):
+def test_gradients_of_the_loss(half, family, attn_implementation):
     architecture, folder, images = family
     reference = recorded(folder)
-    model = half.model(architecture, folder)
+    model = half.model(architecture, folder, attn_implementation=attn_implementation)
     gradients = half.gradients(model, reference[images], GRADIENT_LABELS)
     assert_agree(gradients, {"pixel_values": reference["grad.pixel_values"]})
     norms = recorded(folder, "grad_norm.")
