@@ -13,8 +13,8 @@ from modelspec import (
 from ptmodels.auto import create_model, load
 from ptmodels.dinat import DinatBackbone, DinatForImageClassification, DinatModel
 from ptmodels.nat import NatBackbone, NatForImageClassification, NatModel
-from ptmodels.swiftformer import SwiftFormerForImageClassification, SwiftFormerModel
-from ptmodels.vit_msn import ViTMSNForImageClassification, ViTMSNModel
+from ptmodels.swiftformer import SwiftFormerBackbone, SwiftFormerForImageClassification, SwiftFormerModel
+from ptmodels.vit_msn import ViTMSNBackbone, ViTMSNForImageClassification, ViTMSNModel
 
 __all__ = [
     "AutoImageProcessor",
@@ -31,8 +31,10 @@ __all__ = [
     "NatBackbone",
     "NatForImageClassification",
     "NatModel",
+    "SwiftFormerBackbone",
     "SwiftFormerForImageClassification",
     "SwiftFormerModel",
+    "ViTMSNBackbone",
     "ViTMSNForImageClassification",
     "ViTMSNModel",
     "create_model",

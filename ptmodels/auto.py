@@ -7,14 +7,22 @@ from modelspec.configs import get_config, load_config
 from ptmodels.dinat import DinatBackbone, DinatForImageClassification, DinatModel
 from ptmodels.nat import NatBackbone, NatForImageClassification, NatModel
 from ptmodels.pretrained import PreTrainedModel
-from ptmodels.swiftformer import SwiftFormerForImageClassification, SwiftFormerModel
-from ptmodels.vit_msn import ViTMSNForImageClassification, ViTMSNModel
+from ptmodels.swiftformer import SwiftFormerBackbone, SwiftFormerForImageClassification, SwiftFormerModel
+from ptmodels.vit_msn import ViTMSNBackbone, ViTMSNForImageClassification, ViTMSNModel
 
 _CLASSES: dict[str, dict[str, type[PreTrainedModel]]] = {
     "nat": {"Model": NatModel, "ForImageClassification": NatForImageClassification, "Backbone": NatBackbone},
     "dinat": {"Model": DinatModel, "ForImageClassification": DinatForImageClassification, "Backbone": DinatBackbone},
-    "swiftformer": {"Model": SwiftFormerModel, "ForImageClassification": SwiftFormerForImageClassification},
-    "vit_msn": {"Model": ViTMSNModel, "ForImageClassification": ViTMSNForImageClassification},
+    "swiftformer": {
+        "Model": SwiftFormerModel,
+        "ForImageClassification": SwiftFormerForImageClassification,
+        "Backbone": SwiftFormerBackbone,
+    },
+    "vit_msn": {
+        "Model": ViTMSNModel,
+        "ForImageClassification": ViTMSNForImageClassification,
+        "Backbone": ViTMSNBackbone,
+    },
 }
 
 

@@ -8,7 +8,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from modelspec.configs import BaseModelOutputWithNoAttention, ImageClassifierOutputWithNoAttention, SwiftFormerConfig
+from modelspec.configs import (
+    BackboneOutput,
+    BaseModelOutputWithNoAttention,
+    ImageClassifierOutputWithNoAttention,
+    SwiftFormerConfig,
+)
 from ptmodels.layers import DropPath, get_activation
 from ptmodels.losses import image_classification_loss
 from ptmodels.pretrained import PreTrainedModel
@@ -289,3 +294,52 @@ class SwiftFormerForImageClassification(PreTrainedModel):
     def forward_head(self, features: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         pooled = self.norm(features).mean(dim=(2, 3))  # (B, C_last)
         return pooled if pre_logits else (self.head(pooled) + self.dist_head(pooled)) / 2
+
+
+class SwiftFormerBackbone(PreTrainedModel):
+    """SwiftFormer for detection and segmentation heads: the maps of the stages that `config.out_features` names."""
+
+    config_class = SwiftFormerConfig
+
+    def __init__(self, config: SwiftFormerConfig):
+        super().__init__(config)
+        self.patch_embed = SwiftFormerPatchEmbedding(config)
+        self.encoder = SwiftFormerEncoder(config)
+        self.initialize_weights()
+
+    @property
+    def channels(self) -> list[int]:
+        """The width of each feature map."""
+        return [self.config.channels[name] for name in self.config.out_features]
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BackboneOutput | tuple:
+        """Runs the backbone.
+
+        Args:
+            pixel_values: (B, num_channels, H, W) floats, any H and W.
+            output_hidden_states: also return the embedding's output and that of every stage and downsampling.
+            return_dict: False returns a tuple.
+
+        Returns:
+            `feature_maps`, each (B, C, H', W'), before the downsampling; `hidden_states`, each (B, C, H', W').
+
+        Raises:
+            ValueError: `pixel_values` is missing or not (B, num_channels, H, W).
+        """
+        options = self.call_options(output_hidden_states=output_hidden_states, return_dict=return_dict)
+        hidden_states = self.encoder(self.patch_embed(self.check_pixel_values(pixel_values)))
+        stages = [hidden_states[index] for index in self.config.stage_positions]
+        output = BackboneOutput(
+            feature_maps=tuple(stages[index] for index in self.config.out_indices),
+            hidden_states=tuple(hidden_states) if options.output_hidden_states else None,
+        )
+        return output if options.return_dict else output.to_tuple()
+
+    def forward_features(self, pixel_values: torch.Tensor, **options) -> tuple[torch.Tensor, ...]:
+        """Returns the feature maps."""
+        return self(pixel_values, **options, return_dict=True).feature_maps

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from modelspec.configs import BaseModelOutput, ImageClassifierOutput, ViTMSNConfig
+from modelspec.configs import BackboneOutput, BaseModelOutput, ImageClassifierOutput, ViTMSNConfig
 from ptmodels.layers import get_activation
 from ptmodels.losses import image_classification_loss
 from ptmodels.pretrained import PreTrainedModel
@@ -329,3 +329,63 @@ class ViTMSNForImageClassification(PreTrainedModel):
     def forward_head(self, features: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         pooled = features[:, 0]  # the class token
         return pooled if pre_logits else self.classifier(pooled)
+
+
+class ViTMSNBackbone(PreTrainedModel):
+    """ViT-MSN for detection and segmentation heads: as maps, the tokens of the layers in `config.out_features`."""
+
+    config_class = ViTMSNConfig
+
+    def __init__(self, config: ViTMSNConfig):
+        super().__init__(config)
+        self.embeddings = ViTMSNEmbeddings(config)
+        self.encoder = ViTMSNEncoder(config)
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.initialize_weights()
+
+    @property
+    def channels(self) -> list[int]:
+        """The width of each feature map."""
+        return [self.config.channels[name] for name in self.config.out_features]
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BackboneOutput | tuple:
+        """Runs the backbone.
+
+        Args:
+            pixel_values: (B, num_channels, H, W) floats, any H and W of a patch or more: positions are interpolated.
+            output_attentions: also return each layer's probabilities, computed eagerly.
+            output_hidden_states: also return the embeddings and each layer's output, before the final norm.
+            return_dict: False returns a tuple.
+
+        Returns:
+            `feature_maps`, each (B, C, H // patch_size, W // patch_size), after the final norm and without the class
+            token; `hidden_states`, each (B, 1 + N, C); `attentions`, each (B, heads, 1 + N, 1 + N).
+
+        Raises:
+            ValueError: `pixel_values` is missing or of another shape.
+        """
+        options = self.call_options(
+            output_attentions=output_attentions, output_hidden_states=output_hidden_states, return_dict=return_dict
+        )
+        pixel_values = self.check_pixel_values(pixel_values)
+        grid = [length // self.config.patch_size for length in pixel_values.shape[2:]]
+        x = self.embeddings(pixel_values, None, True)
+        eager = self.attn_implementation == "eager" or options.output_attentions
+        hidden_states, attentions = self.encoder(x, [None] * self.config.num_hidden_layers, eager)
+        tokens = [self.layernorm(hidden_states[index])[:, 1:] for index in self.config.out_indices]
+        output = BackboneOutput(
+            feature_maps=tuple(x.transpose(1, 2).unflatten(2, grid).contiguous() for x in tokens),
+            hidden_states=tuple(hidden_states) if options.output_hidden_states else None,
+            attentions=tuple(attentions) if options.output_attentions else None,
+        )
+        return output if options.return_dict else output.to_tuple()
+
+    def forward_features(self, pixel_values: torch.Tensor, **options) -> tuple[torch.Tensor, ...]:
+        """Returns the feature maps."""
+        return self(pixel_values, **options, return_dict=True).feature_maps

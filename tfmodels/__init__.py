@@ -13,8 +13,8 @@ from modelspec import (
 from tfmodels.auto import create_model, load
 from tfmodels.dinat import TFDinatBackbone, TFDinatForImageClassification, TFDinatModel
 from tfmodels.nat import TFNatBackbone, TFNatForImageClassification, TFNatModel
-from tfmodels.swiftformer import TFSwiftFormerForImageClassification, TFSwiftFormerModel
-from tfmodels.vit_msn import TFViTMSNForImageClassification, TFViTMSNModel
+from tfmodels.swiftformer import TFSwiftFormerBackbone, TFSwiftFormerForImageClassification, TFSwiftFormerModel
+from tfmodels.vit_msn import TFViTMSNBackbone, TFViTMSNForImageClassification, TFViTMSNModel
 
 __all__ = [
     "AutoImageProcessor",
@@ -31,8 +31,10 @@ __all__ = [
     "TFNatBackbone",
     "TFNatForImageClassification",
     "TFNatModel",
+    "TFSwiftFormerBackbone",
     "TFSwiftFormerForImageClassification",
     "TFSwiftFormerModel",
+    "TFViTMSNBackbone",
     "TFViTMSNForImageClassification",
     "TFViTMSNModel",
     "create_model",

@@ -7,8 +7,8 @@ from modelspec.configs import get_config, load_config
 from tfmodels.dinat import TFDinatBackbone, TFDinatForImageClassification, TFDinatModel
 from tfmodels.nat import TFNatBackbone, TFNatForImageClassification, TFNatModel
 from tfmodels.pretrained import TFPreTrainedModel
-from tfmodels.swiftformer import TFSwiftFormerForImageClassification, TFSwiftFormerModel
-from tfmodels.vit_msn import TFViTMSNForImageClassification, TFViTMSNModel
+from tfmodels.swiftformer import TFSwiftFormerBackbone, TFSwiftFormerForImageClassification, TFSwiftFormerModel
+from tfmodels.vit_msn import TFViTMSNBackbone, TFViTMSNForImageClassification, TFViTMSNModel
 
 _CLASSES: dict[str, dict[str, type[TFPreTrainedModel]]] = {
     "nat": {"Model": TFNatModel, "ForImageClassification": TFNatForImageClassification, "Backbone": TFNatBackbone},
@@ -17,8 +17,16 @@ _CLASSES: dict[str, dict[str, type[TFPreTrainedModel]]] = {
         "ForImageClassification": TFDinatForImageClassification,
         "Backbone": TFDinatBackbone,
     },
-    "swiftformer": {"Model": TFSwiftFormerModel, "ForImageClassification": TFSwiftFormerForImageClassification},
-    "vit_msn": {"Model": TFViTMSNModel, "ForImageClassification": TFViTMSNForImageClassification},
+    "swiftformer": {
+        "Model": TFSwiftFormerModel,
+        "ForImageClassification": TFSwiftFormerForImageClassification,
+        "Backbone": TFSwiftFormerBackbone,
+    },
+    "vit_msn": {
+        "Model": TFViTMSNModel,
+        "ForImageClassification": TFViTMSNForImageClassification,
+        "Backbone": TFViTMSNBackbone,
+    },
 }
 
 

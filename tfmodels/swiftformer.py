@@ -7,7 +7,12 @@ Applications, ICCV 2023 (arXiv:2303.15446). Keys and behaviour: the Hugging Face
 import keras
 from keras import ops
 
-from modelspec.configs import BaseModelOutputWithNoAttention, ImageClassifierOutputWithNoAttention, SwiftFormerConfig
+from modelspec.configs import (
+    BackboneOutput,
+    BaseModelOutputWithNoAttention,
+    ImageClassifierOutputWithNoAttention,
+    SwiftFormerConfig,
+)
 from tfmodels.layers import (
     BatchNormalization,
     Conv2D,
@@ -314,3 +319,52 @@ class TFSwiftFormerForImageClassification(TFPreTrainedModel):
             features = ops.transpose(features, (0, 2, 3, 1))
         pooled = ops.mean(self.norm(features), axis=(1, 2))  # (B, C_last)
         return pooled if pre_logits else (self.head(pooled) + self.dist_head(pooled)) / 2
+
+
+@keras.saving.register_keras_serializable(package="twinzoo")
+class TFSwiftFormerBackbone(TFPreTrainedModel):
+    """SwiftFormer for detection and segmentation heads: the maps of the stages that `config.out_features` names."""
+
+    config_class = SwiftFormerConfig
+
+    def __init__(self, config: SwiftFormerConfig, **kwargs):
+        super().__init__(config, **kwargs)
+        with self.building():
+            self.patch_embed = SwiftFormerPatchEmbedding(config)
+            self.encoder = SwiftFormerEncoder(config)
+
+    @property
+    def channels(self) -> list[int]:
+        """The width of each feature map."""
+        return [self.config.channels[name] for name in self.config.out_features]
+
+    @unpack_inputs
+    def call(self, pixel_values=None, output_hidden_states=None, return_dict=None, training=False):
+        """Runs the backbone.
+
+        Args:
+            pixel_values: (B, num_channels, H, W) floats, any H and W, or (B, H, W, num_channels) (`data_format`).
+            output_hidden_states: also return the embedding's output and that of every stage and downsampling.
+            return_dict: False returns a tuple.
+            training: whether to drop paths and to use and update the statistics of the batch.
+
+        Returns:
+            `feature_maps`, each (B, C, H', W'), before the downsampling; `hidden_states`, each (B, C, H', W'); or
+            (B, H', W', C) (`data_format`).
+
+        Raises:
+            ValueError: `pixel_values` is missing or of another shape.
+        """
+        options = self.call_options(output_hidden_states=output_hidden_states, return_dict=return_dict)
+        hidden_states = self.encoder(self.patch_embed(self.images_to_channels_last(pixel_values)))
+        hidden_states = [self.from_channels_last(hidden_state) for hidden_state in hidden_states]
+        stages = [hidden_states[index] for index in self.config.stage_positions]
+        output = BackboneOutput(
+            feature_maps=tuple(stages[index] for index in self.config.out_indices),
+            hidden_states=tuple(hidden_states) if options.output_hidden_states else None,
+        )
+        return output if options.return_dict else output.to_tuple()
+
+    def forward_features(self, pixel_values, **options):
+        """Returns the feature maps."""
+        return self(pixel_values, **options, return_dict=True).feature_maps

@@ -7,7 +7,7 @@ a pre-norm Vision Transformer (arXiv:2010.11929). Keys and behaviour: the Huggin
 import keras
 from keras import ops
 
-from modelspec.configs import BaseModelOutput, ImageClassifierOutput, ViTMSNConfig
+from modelspec.configs import BackboneOutput, BaseModelOutput, ImageClassifierOutput, ViTMSNConfig
 from tfmodels.interpolation import resize_bicubic
 from tfmodels.layers import Conv2D, Dense, LayerNormalization, LayerWithOutput, get_activation
 from tfmodels.losses import image_classification_loss
@@ -353,3 +353,68 @@ class TFViTMSNForImageClassification(TFPreTrainedModel):
     def forward_head(self, features, pre_logits=False):
         pooled = features[:, 0]  # the class token
         return pooled if pre_logits else self.classifier(pooled)
+
+
+@keras.saving.register_keras_serializable(package="twinzoo")
+class TFViTMSNBackbone(TFPreTrainedModel):
+    """ViT-MSN for detection and segmentation heads: as maps, the tokens of the layers in `config.out_features`."""
+
+    config_class = ViTMSNConfig
+
+    def __init__(self, config: ViTMSNConfig, **kwargs):
+        super().__init__(config, **kwargs)
+        with self.building():
+            self.embeddings = ViTMSNEmbeddings(config)
+            self.encoder = ViTMSNEncoder(config)
+            self.layernorm = LayerNormalization(config.hidden_size, epsilon=config.layer_norm_eps)
+
+    @property
+    def channels(self) -> list[int]:
+        """The width of each feature map."""
+        return [self.config.channels[name] for name in self.config.out_features]
+
+    @unpack_inputs
+    def call(
+        self, pixel_values=None, output_attentions=None, output_hidden_states=None, return_dict=None, training=False
+    ):
+        """Runs the backbone.
+
+        Args:
+            pixel_values: (B, num_channels, H, W) floats, or (B, H, W, num_channels) (`data_format`), any H and W of a
+                patch or more: positions are interpolated.
+            output_attentions: also return each layer's probabilities, computed eagerly.
+            output_hidden_states: also return the embeddings and each layer's output, before the final norm.
+            return_dict: False returns a tuple.
+            training: whether to drop out.
+
+        Returns:
+            `feature_maps`, each (B, C, H // patch_size, W // patch_size) or channels-last (`data_format`), after the
+            final norm and without the class token; `hidden_states`, each (B, 1 + N, C); `attentions`, each (B, heads,
+            1 + N, 1 + N).
+
+        Raises:
+            ValueError: `pixel_values` is missing or of another shape.
+        """
+        options = self.call_options(
+            output_attentions=output_attentions, output_hidden_states=output_hidden_states, return_dict=return_dict
+        )
+        pixel_values = self.images_to_channels_last(pixel_values)
+        height, width = (length // self.config.patch_size for length in ops.shape(pixel_values)[1:3])
+        x = self.embeddings(pixel_values, interpolate_pos_encoding=True)
+        eager = self.attn_implementation == "eager" or options.output_attentions
+        hidden_states, attentions = self.encoder(x, head_masks=[None] * self.config.num_hidden_layers, eager=eager)
+        maps = []
+        for index in self.config.out_indices:
+            tokens = self.layernorm(hidden_states[index])[:, 1:]
+            batch, _, dim = ops.shape(tokens)
+            maps.append(self.from_channels_last(ops.reshape(tokens, (batch, height, width, dim))))
+        output = BackboneOutput(
+            feature_maps=tuple(maps),
+            hidden_states=tuple(hidden_states) if options.output_hidden_states else None,
+            attentions=tuple(attentions) if options.output_attentions else None,
+        )
+        return output if options.return_dict else output.to_tuple()
+
+    def forward_features(self, pixel_values, **options):
+        """Returns the feature maps."""
+        return self(pixel_values, **options, return_dict=True).feature_maps

@@ -16,16 +16,15 @@ def parameter_shapes(
 
     Args:
         config: a config of one of the four families.
-        architecture: `"Model"` (no prefix), `"ForImageClassification"` (prefix and head) or `"Backbone"` (NAT, DiNAT).
+        architecture: `"Model"` (no prefix), `"ForImageClassification"` (prefix and head) or `"Backbone"`, which
+            has norms of its own in NAT and DiNAT, and the keys of `"Model"` in the others.
         use_mask_token: ViT-MSN's bare model may hold a mask token.
 
     Raises:
-        ValueError: the architecture is unknown, or the family has none of that kind.
+        ValueError: the architecture is unknown.
     """
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture is {architecture!r}; allowed are {', '.join(ARCHITECTURES)}")
-    if architecture == "Backbone" and config.model_type not in ("nat", "dinat"):
-        raise ValueError(f"a {config.model_type} backbone has no checkpoint keys of its own; use 'Model'")
     if config.model_type == "swiftformer":
         body, head = _swiftformer(config), _swiftformer_head(config)
     elif config.model_type == "vit_msn":

@@ -3,22 +3,21 @@
 NAT is DiNAT with every dilation 1. Defaults are those of the reference implementation's code, not of its older page.
 """
 
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
+from modelspec.configs.backbone import BackboneConfig
 from modelspec.configs.base import (
     ACTIVATION,
     FLAG,
     NOT_NEGATIVE,
     POSITIVE,
     RATE,
-    ModelConfig,
     Rule,
     config_class,
     list_of,
     setting,
     whole,
 )
-from modelspec.configs.stages import resolve_out_features
 
 
 def _odd(value):
@@ -28,29 +27,8 @@ def _odd(value):
     return value
 
 
-class OutStages:
-    """`out_features` or `out_indices`: None means the last stage, also after `depths` has changed."""
-
-    def __set_name__(self, owner, name):
-        self.name = name
-
-    def __get__(self, config, owner=None):
-        if config is None:
-            return None
-        features, indices = config.__dict__["out_features"], config.__dict__["out_indices"]
-        if config._constructed and features is None:
-            features, indices = resolve_out_features(config.stage_names)
-        return list(features) if self.name == "out_features" else list(indices)
-
-    def __set__(self, config, value):
-        if config._constructed:
-            config._choose_stages(**{"out_features": None, "out_indices": None, self.name: value})
-        else:
-            config.__dict__[self.name] = value
-
-
 @config_class
-class NeighborhoodConfig(ModelConfig):
+class NeighborhoodConfig(BackboneConfig):
     """What NAT and DiNAT share: a hierarchy of stages, each half the size and twice the width of the one before.
 
     Attributes:
@@ -68,11 +46,12 @@ class NeighborhoodConfig(ModelConfig):
         initializer_range: standard deviation of initial weights.
         layer_norm_eps: epsilon of the blocks' and the final LayerNorm (the others are fixed at 1e-5).
         layer_scale_init_value: initial value of the layer scale; 0 means that there is none.
-        out_features, out_indices: the stages a backbone returns, see `stages.resolve_out_features`.
     """
 
     attribute_map: ClassVar[dict[str, str]] = {"num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"}
     derived: ClassVar[tuple[str, ...]] = ("num_layers", "hidden_size", "stage_names")
+    head_keys: ClassVar[tuple[str, ...]] = ("classifier", "hidden_states_norms")
+    writes_default_stages: ClassVar[bool] = True
 
     patch_size: int = setting(4, Rule("4, the only one there is", whole(4, 4).convert))
     num_channels: int = setting(3, whole(1))
@@ -89,8 +68,6 @@ class NeighborhoodConfig(ModelConfig):
     initializer_range: float = setting(0.02, NOT_NEGATIVE)
     layer_norm_eps: float = setting(1e-5, POSITIVE)
     layer_scale_init_value: float = setting(0.0, NOT_NEGATIVE)
-    out_features: list[str] | None = OutStages()
-    out_indices: list[int] | None = OutStages()
 
     @property
     def num_layers(self) -> int:
@@ -101,11 +78,6 @@ class NeighborhoodConfig(ModelConfig):
     def hidden_size(self) -> int:
         """Width of the last stage. Published DiNAT files say 512 whatever the model, so it is computed."""
         return self.embed_dim * 2 ** (self.num_layers - 1)
-
-    @property
-    def stage_names(self) -> list[str]:
-        """`["stem", "stage1", ...]`."""
-        return ["stem", *(f"stage{stage + 1}" for stage in range(self.num_layers))]
 
     @property
     def drop_paths(self) -> list[list[float]]:
@@ -120,8 +92,8 @@ class NeighborhoodConfig(ModelConfig):
     @property
     def channels(self) -> dict[str, int]:
         """The width of the map that each stage gives a backbone, before the downsampling; by stage name."""
-        widths = [self.embed_dim, *(self.embed_dim * 2**stage for stage in range(self.num_layers))]
-        return dict(zip(self.stage_names, widths, strict=True))
+        stages = {f"stage{stage + 1}": self.embed_dim * 2**stage for stage in range(self.num_layers)}
+        return {"stem": self.embed_dim, **stages}
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
@@ -140,21 +112,6 @@ class NeighborhoodConfig(ModelConfig):
                 self._refuse("num_heads", f"has {heads} for stage {stage + 1}, which does not divide its width {dim}")
             if int(self.mlp_ratio * dim) < 1:
                 self._refuse("mlp_ratio", f"is {self.mlp_ratio}, which leaves the width {dim} no hidden unit")
-        self._choose_stages(self.__dict__["out_features"], self.__dict__["out_indices"])
-
-    def replace(self, **changes: Any) -> Self:
-        if "out_features" in changes or "out_indices" in changes:
-            changes = {"out_features": None, "out_indices": None, **changes}
-        return super().replace(**changes)
-
-    def _choose_stages(self, out_features, out_indices) -> None:
-        try:
-            features, indices = resolve_out_features(self.stage_names, out_features, out_indices)
-        except ValueError as error:
-            raise ValueError(f"{type(self).__name__}.{error}") from None
-        if indices == [self.num_layers]:
-            features = indices = None
-        self.__dict__.update(out_features=features, out_indices=indices)
 
 
 @config_class

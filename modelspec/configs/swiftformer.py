@@ -2,13 +2,13 @@
 
 from typing import Any, ClassVar
 
+from modelspec.configs.backbone import BackboneConfig
 from modelspec.configs.base import (
     ACTIVATION,
     FLAG,
     NOT_NEGATIVE,
     POSITIVE,
     RATE,
-    ModelConfig,
     Rule,
     config_class,
     list_of,
@@ -24,7 +24,7 @@ def _ratio(value):
 
 
 @config_class
-class SwiftFormerConfig(ModelConfig):
+class SwiftFormerConfig(BackboneConfig):
     """Configuration of SwiftFormer: convolutional stages that each end in one block of additive attention.
 
     Attributes:
@@ -77,6 +77,16 @@ class SwiftFormerConfig(ModelConfig):
             [self.drop_path_rate * (start + block) / last for block in range(depth)]
             for start, depth in zip(starts, self.depths, strict=True)
         ]
+
+    @property
+    def channels(self) -> dict[str, int]:
+        """The width of the map that each stage gives a backbone, before the downsampling; by stage name."""
+        return {"stem": self.embed_dims[0], **{f"stage{i + 1}": dim for i, dim in enumerate(self.embed_dims)}}
+
+    @property
+    def stage_positions(self) -> list[int]:
+        """Where the stem and the stages are among the encoder's hidden states, which hold the downsamplings too."""
+        return [0, *(int(stage["module"].rpartition(".")[2]) + 1 for stage in self.feature_info)]
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:

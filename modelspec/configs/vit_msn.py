@@ -2,13 +2,13 @@
 
 from typing import Any, ClassVar
 
+from modelspec.configs.backbone import BackboneConfig
 from modelspec.configs.base import (
     ACTIVATION,
     FLAG,
     NOT_NEGATIVE,
     POSITIVE,
     RATE,
-    ModelConfig,
     Rule,
     config_class,
     setting,
@@ -19,7 +19,7 @@ _SIDE = Rule("one int, 1 or more: images and patches are square", whole(1).conve
 
 
 @config_class
-class ViTMSNConfig(ModelConfig):
+class ViTMSNConfig(BackboneConfig):
     """Configuration of ViT-MSN.
 
     Attributes:
@@ -52,6 +52,11 @@ class ViTMSNConfig(ModelConfig):
     patch_size: int = setting(16, _SIDE)
     num_channels: int = setting(3, whole(1))
     qkv_bias: bool = setting(True, FLAG)
+
+    @property
+    def channels(self) -> dict[str, int]:
+        """The width of the map of each layer, by stage name: a layer is a stage, as in the reference's backbones."""
+        return dict.fromkeys(["stem", *(f"stage{i + 1}" for i in range(self.num_hidden_layers))], self.hidden_size)
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
