@@ -347,7 +347,9 @@ class NatForImageClassification(PreTrainedModel):
         options = self.call_options(
             output_attentions=output_attentions, output_hidden_states=output_hidden_states, return_dict=return_dict
         )
-        outputs = self.body(pixel_values, options.output_attentions, options.output_hidden_states, return_dict=True)
+        outputs = self.get_body()(
+            pixel_values, options.output_attentions, options.output_hidden_states, return_dict=True
+        )
         logits = self.forward_head(outputs.last_hidden_state)
         output = ImageClassifierOutputWithReshapedStates(
             loss=None if labels is None else image_classification_loss(self.config, labels, logits),

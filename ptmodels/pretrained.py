@@ -91,9 +91,8 @@ class PreTrainedModel(nn.Module):
     def _is_head(self, key: str) -> bool:
         return key.split(".")[0] in self.config.head_keys
 
-    @property
-    def body(self) -> "PreTrainedModel":
-        """The bare model: the one that a classifier holds, or this one."""
+    def get_body(self) -> "PreTrainedModel":
+        """Returns the bare model: the one that a classifier holds, or this one."""
         return getattr(self, self.config.base_model_prefix, self)
 
     @property
@@ -103,7 +102,7 @@ class PreTrainedModel(nn.Module):
 
     def forward_features(self, pixel_values: torch.Tensor, **options) -> torch.Tensor:
         """Returns the bare model's `last_hidden_state` of `pixel_values`; `options` are those of its call."""
-        return self.body(pixel_values, **options, return_dict=True).last_hidden_state
+        return self.get_body()(pixel_values, **options, return_dict=True).last_hidden_state
 
     def forward_head(self, features: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Returns the logits (B, num_labels) of what `forward_features` gave.
@@ -126,7 +125,7 @@ class PreTrainedModel(nn.Module):
         Raises:
             ValueError: the model has no classification head, or `num_labels` is negative.
         """
-        if self.body is self:
+        if self.get_body() is self:
             raise ValueError(f"{type(self).__name__} has no classification head; use the ForImageClassification class")
         self.config.num_labels = num_labels
         width, device, dtype = self.feature_info[-1]["num_chs"], self.device, self.dtype

@@ -360,7 +360,7 @@ class TFNatForImageClassification(TFPreTrainedModel):
         options = self.call_options(
             output_attentions=output_attentions, output_hidden_states=output_hidden_states, return_dict=return_dict
         )
-        outputs = self.body(
+        outputs = self.get_body()(
             self.images_to_channels_last(pixel_values),
             output_attentions=options.output_attentions,
             output_hidden_states=options.output_hidden_states,

@@ -141,9 +141,8 @@ class TFPreTrainedModel(keras.Model):
             return
         assign_weights(self, initial_weights(self.config, self.checkpoint_shapes(), _framework_seed()))
 
-    @property
-    def body(self) -> "TFPreTrainedModel":
-        """The bare model: the one that a classifier holds, or this one."""
+    def get_body(self) -> "TFPreTrainedModel":
+        """Returns the bare model: the one that a classifier holds, or this one."""
         return getattr(self, self.config.base_model_prefix, self)
 
     @property
@@ -156,10 +155,10 @@ class TFPreTrainedModel(keras.Model):
 
         Maps lie as in the bare model's output: NAT's and DiNAT's (B, H, W, C), SwiftFormer's as `data_format` says.
         """
-        if self.body is self:
+        if self.get_body() is self:
             return self(pixel_values, **options, return_dict=True).last_hidden_state
         pixel_values = self.images_to_channels_last(pixel_values)
-        features = self.body(pixel_values, **options, return_dict=True).last_hidden_state
+        features = self.get_body()(pixel_values, **options, return_dict=True).last_hidden_state
         return self.from_channels_last(features) if self.maps_follow_data_format else features
 
     def forward_head(self, features, pre_logits: bool = False):
@@ -185,7 +184,7 @@ class TFPreTrainedModel(keras.Model):
         Raises:
             ValueError: the model has no classification head, or `num_labels` is negative.
         """
-        if self.body is self:
+        if self.get_body() is self:
             raise ValueError(f"{type(self).__name__} has no classification head; use the ForImageClassification class")
         self.config.num_labels = num_labels
         width = self.feature_info[-1]["num_chs"]
