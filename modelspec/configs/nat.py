@@ -18,6 +18,7 @@ from modelspec.configs.base import (
     setting,
     whole,
 )
+from modelspec.configs.stages import rising_rates
 
 
 def _odd(value):
@@ -82,12 +83,7 @@ class NeighborhoodConfig(BackboneConfig):
     @property
     def drop_paths(self) -> list[list[float]]:
         """The drop path rate of every block, per stage: linear from 0 at the very first to the configured rate."""
-        last = max(sum(self.depths) - 1, 1)
-        starts = [sum(self.depths[:stage]) for stage in range(len(self.depths))]
-        return [
-            [self.drop_path_rate * (start + block) / last for block in range(depth)]
-            for start, depth in zip(starts, self.depths, strict=True)
-        ]
+        return rising_rates(self.drop_path_rate, self.depths)
 
     @property
     def channels(self) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Which stages a backbone returns: the rules for `out_features` (names) and `out_indices` (numbers)."""
+"""What is settled per stage: which stages a backbone returns (`out_features`, `out_indices`), and drop path rates."""
 
 from collections.abc import Sequence
 
@@ -64,3 +64,16 @@ def _require_increasing(field: str, given: Sequence, indices: list[int]) -> None
         raise ValueError(f"{field} is {list(given)}; it must not name a stage twice")
     if indices != sorted(indices):
         raise ValueError(f"{field} is {list(given)}; it must be in the order of the stages")
+
+
+def rising_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
+    """Returns the drop path rate of every block, per stage: linear from 0 at the very first to `rate` at the last.
+
+    >>> rising_rates(0.2, [1, 2])
+    [[0.0], [0.1, 0.2]]
+    """
+    last = max(sum(depths) - 1, 1)
+    starts = [sum(depths[:stage]) for stage in range(len(depths))]
+    return [
+        [rate * (start + block) / last for block in range(depth)] for start, depth in zip(starts, depths, strict=True)
+    ]

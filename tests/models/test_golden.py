@@ -109,15 +109,15 @@ SIZES = ["square", "oblong", "small"]  # the last is smaller than the windows
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("family", NEIGHBORHOOD)
-def test_nat_and_dinat_outputs_hidden_states_and_attentions(half, family, size):
+def test_nat_and_dinat_outputs_hidden_states_and_attentions(half, family, size, attn_implementation):
     folder = GOLDEN / f"{family.lower()}_tiny"
     reference = recorded(folder, f"{size}.")
     options = {"output_hidden_states": True, "output_attentions": True}
-    model = half.model(f"{family}ForImageClassification", folder)
+    model = half.model(f"{family}ForImageClassification", folder, attn_implementation=attn_implementation)
     actual = half.run(model, pixel_values=reference["pixel_values"], **options)
     assert_agree(actual, {"logits": reference["logits"]})
     with pytest.warns(match="left out: classifier.bias"):
-        bare = half.model(f"{family}Model", folder)
+        bare = half.model(f"{family}Model", folder, attn_implementation=attn_implementation)
     of_bare = half.run(bare, pixel_values=reference["pixel_values"], **options)
     for kind, count in (("hidden_states", 4), ("attentions", 3), ("reshaped_hidden_states", 4)):
         arrays = {k.removeprefix("model."): v for k, v in reference.items() if k.startswith(f"model.{kind}.")}
@@ -138,10 +138,10 @@ def test_nat_and_dinat_logits_of_either_attention(half, family, attn_implementat
 
 @pytest.mark.parametrize("size", SIZES[:2])
 @pytest.mark.parametrize("family", NEIGHBORHOOD)
-def test_nat_and_dinat_backbones(half, family, size):
+def test_nat_and_dinat_backbones(half, family, size, attn_implementation):
     folder = GOLDEN / f"{family.lower()}_tiny_backbone"
     reference = recorded(folder, f"{size}.")
-    model = half.model(f"{family}Backbone", folder)
+    model = half.model(f"{family}Backbone", folder, attn_implementation=attn_implementation)
     actual = half.run(
         model, pixel_values=reference.pop("pixel_values"), output_hidden_states=True, output_attentions=True
     )
