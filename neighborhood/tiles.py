@@ -25,6 +25,7 @@ class AxisTiles:
     Attributes:
         length: positions of the axis.
         kernel_size: keys per query.
+        dilation: distance between neighbouring keys, in positions.
         tiles: number of tiles; a tensor where the length is one.
         tile: queries of a tile.
         halo: keys of a tile.
@@ -34,10 +35,12 @@ class AxisTiles:
         slots: (tiles, tile, halo) which key of a query's window a key is; negative where it is none.
         biases: (tiles, tile, halo) where query and key look up the bias table; clipped to it.
         picks: (tiles, tile, kernel_size) where the keys of a query's window are in the halo.
+        starts: (length,) position of the first key of the query at each position.
     """
 
     length: Any
     kernel_size: int
+    dilation: int
     tiles: Any
     tile: int
     halo: int
@@ -47,6 +50,7 @@ class AxisTiles:
     slots: Any
     biases: Any
     picks: Any
+    starts: Any
 
 
 def axis_tiles(length, kernel_size: int, dilation: int, xp=np) -> AxisTiles:
@@ -82,18 +86,22 @@ def axis_tiles(length, kernel_size: int, dilation: int, xp=np) -> AxisTiles:
     slot = key[:, None] - start[:, :, None]
     bias = key[:, None] - query[:, :, None] + kernel_size - 1
     position = xp.arange(length, dtype="int32")
+    own_group, own = position % dilation, position // dilation
+    last = (length - own_group + dilation - 1) // dilation - kernel_size
     return AxisTiles(
         length=length,
         kernel_size=kernel_size,
+        dilation=dilation,
         tiles=dilation * per_group,
         tile=tile,
         halo=halo,
         queries=query * dilation + group,
         keys=xp.minimum(key, group_length - 1) * dilation + group,
-        outputs=(position % dilation) * (per_group * tile) + position // dilation,
+        outputs=own_group * (per_group * tile) + own,
         slots=xp.where((slot < 0) | (slot >= kernel_size), 0 * slot - 1, slot),
         biases=xp.maximum(xp.minimum(bias, 0 * bias + 2 * kernel_size - 2), 0 * bias),
         picks=(start - halo_begin)[:, :, None] + xp.arange(kernel_size, dtype="int32")[None, None],
+        starts=xp.maximum(xp.minimum(own - kernel_size // 2, last), 0 * own) * dilation + own_group,
     )
 
 
@@ -120,6 +128,7 @@ class Tiles:
         xp: as of `axis_tiles`; `take` and `reshape` too.
 
     Attributes:
+        axes: the tiles of each axis.
         tiles, tile, halo: T, Q and L.
         queries: (T * Q,) position of each query.
         keys: (T * L,) position of each key.
@@ -131,42 +140,42 @@ class Tiles:
 
     def __init__(self, lengths: Sequence, kernel_size: Sequence[int], dilation: Sequence[int], xp=np):
         self._xp = xp
-        self._axes = [axis_tiles(*axis, xp) for axis in zip(lengths, kernel_size, dilation, strict=True)]
-        self.tiles = _product(axis.tiles for axis in self._axes)
-        self.tile = _product(axis.tile for axis in self._axes)
-        self.halo = _product(axis.halo for axis in self._axes)
+        self.axes = [axis_tiles(*axis, xp) for axis in zip(lengths, kernel_size, dilation, strict=True)]
+        self.tiles = _product(axis.tiles for axis in self.axes)
+        self.tile = _product(axis.tile for axis in self.axes)
+        self.halo = _product(axis.halo for axis in self.axes)
 
     @_once
     def queries(self):
-        return self._flat([(axis.queries, (axis.tiles, axis.tile), axis.length) for axis in self._axes])
+        return self._flat([(axis.queries, (axis.tiles, axis.tile), axis.length) for axis in self.axes])
 
     @_once
     def keys(self):
-        return self._flat([(axis.keys, (axis.tiles, axis.halo), axis.length) for axis in self._axes])
+        return self._flat([(axis.keys, (axis.tiles, axis.halo), axis.length) for axis in self.axes])
 
     @_once
     def outputs(self):
-        tile = self._combine([(axis.outputs // axis.tile, (axis.length,), axis.tiles) for axis in self._axes])
-        query = self._combine([(axis.outputs % axis.tile, (axis.length,), axis.tile) for axis in self._axes])
+        tile = self._combine([(axis.outputs // axis.tile, (axis.length,), axis.tiles) for axis in self.axes])
+        query = self._combine([(axis.outputs % axis.tile, (axis.length,), axis.tile) for axis in self.axes])
         return tile * self.tile + query
 
     @_once
     def slots(self):
         # a key outside along one axis stays negative whatever its slots along the others, and 32 bits hold it
-        outside = -_product(axis.kernel_size for axis in self._axes)
-        slots = [self._xp.where(axis.slots < 0, 0 * axis.slots + outside, axis.slots) for axis in self._axes]
+        outside = -_product(axis.kernel_size for axis in self.axes)
+        slots = [self._xp.where(axis.slots < 0, 0 * axis.slots + outside, axis.slots) for axis in self.axes]
         return self._combine(
-            [(slot, _per_key(axis), axis.kernel_size) for slot, axis in zip(slots, self._axes, strict=True)]
+            [(slot, _per_key(axis), axis.kernel_size) for slot, axis in zip(slots, self.axes, strict=True)]
         )
 
     @_once
     def biases(self):
-        return self._combine([(axis.biases, _per_key(axis), 2 * axis.kernel_size - 1) for axis in self._axes])
+        return self._combine([(axis.biases, _per_key(axis), 2 * axis.kernel_size - 1) for axis in self.axes])
 
     @_once
     def picks(self):
-        shapes = [(axis.tiles, axis.tile, axis.kernel_size) for axis in self._axes]
-        return self._combine([(axis.picks, shape, axis.halo) for axis, shape in zip(self._axes, shapes, strict=True)])
+        shapes = [(axis.tiles, axis.tile, axis.kernel_size) for axis in self.axes]
+        return self._combine([(axis.picks, shape, axis.halo) for axis, shape in zip(self.axes, shapes, strict=True)])
 
     def _combine(self, parts: list[tuple]):
         """Combines, of each axis, an array of indices, its shape and the size that it indexes, dimension by dimension.

@@ -25,6 +25,7 @@ constexpr int kBytes = NEIGHBORHOOD_VECTOR_BYTES;
 constexpr int kOffsets = kBytes == 64 ? 8 : 4;   // offsets per pass over head_dim: registers bound it
 constexpr int kChannels = kBytes == 64 ? 4 : 2;  // vectors of channels per pass over a window
 constexpr int kQueries = 4;                      // neighbouring queries that share a loaded value
+constexpr int64_t kSumBlock = 16;                // products per sum, and then sums of sums: they round less
 
 template <typename T>
 struct Bits;
@@ -213,30 +214,33 @@ struct ScoreRow {
 // Scores of `Rows` rows of queries with one row of keys at `Offsets` neighbouring offsets.
 template <typename T, int Rows, int Offsets>
 void score(const T* keys, int64_t key_stride, int64_t head_dim, const ScoreRow<T>* rows) {
-  Vector<T> sums[Rows][Offsets];
   const Vector<T>* queries[Rows];
 #pragma GCC unroll 4
-  for (int r = 0; r < Rows; r++) {
-    queries[r] = rows[r].query;
-#pragma GCC unroll 8
-    for (int o = 0; o < Offsets; o++) sums[r][o] = Vector<T>{};
-  }
-  for (int64_t d = 0; d < head_dim; d++, keys += key_stride) {
-    Vector<T> query[Rows];
+  for (int r = 0; r < Rows; r++) queries[r] = rows[r].query;
+  for (int64_t begin = 0; begin < head_dim; begin += kSumBlock) {
+    const int64_t end = smaller(begin + kSumBlock, head_dim);
+    Vector<T> sums[Rows][Offsets] = {};
+    for (int64_t d = begin; d < end; d++, keys += key_stride) {
+      Vector<T> query[Rows];
 #pragma GCC unroll 4
-    for (int r = 0; r < Rows; r++) query[r] = queries[r][d];
+      for (int r = 0; r < Rows; r++) query[r] = queries[r][d];
 #pragma GCC unroll 8
-    for (int o = 0; o < Offsets; o++) {
-      const Vector<T> key = load(keys + o);
+      for (int o = 0; o < Offsets; o++) {
+        const Vector<T> key = load(keys + o);
 #pragma GCC unroll 4
-      for (int r = 0; r < Rows; r++) sums[r][o] += query[r] * key;
+        for (int r = 0; r < Rows; r++) sums[r][o] += query[r] * key;
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; r++) {
+      const T* bias = end == head_dim ? rows[r].bias : nullptr;  // last: its size would round every step
+#pragma GCC unroll 8
+      for (int o = 0; o < Offsets; o++) {
+        if (begin) sums[r][o] += rows[r].scores[o];
+        rows[r].scores[o] = bias ? sums[r][o] + bias[o] : sums[r][o];
+      }
     }
   }
-  // the bias comes last: added first, its size would round every step
-#pragma GCC unroll 4
-  for (int r = 0; r < Rows; r++)
-#pragma GCC unroll 8
-    for (int o = 0; o < Offsets; o++) rows[r].scores[o] = rows[r].bias ? sums[r][o] + rows[r].bias[o] : sums[r][o];
 }
 
 template <typename T>
@@ -310,7 +314,7 @@ template <typename T, int Queries, int Shift, int Channels>
 void weighted_sum(const WindowRows<T>& window, int64_t start, int64_t kernel, int64_t channel,
                   Vector<T> (*sums)[kChannels]) {
   constexpr int n = Simd<T>::kLanes;
-  constexpr int64_t rows_at_once = 4;  // sums of sums round less
+  constexpr int64_t rows_at_once = 2;  // sums of sums round less
   for (int64_t begin = 0; begin < window.count; begin += rows_at_once) {
     Vector<T> sum[Queries][Channels] = {};
     for (int64_t a = begin; a < smaller(begin + rows_at_once, window.count); a++) {
@@ -350,9 +354,7 @@ void spread(const WindowRows<T>& window, int64_t start, int64_t kernel, int64_t 
     T* row = window.rows[a] + start * window.column_stride + channel;
     const T* weights = window.weights + a * window.weight_stride;
     over_columns<Queries, Shift>(kernel, [&](int64_t c, int first, int end) __attribute__((always_inline)) {
-      Vector<T> sum[Channels];
-#pragma GCC unroll 4
-      for (int v = 0; v < Channels; v++) sum[v] = load(row + c * window.column_stride + v * n);
+      Vector<T> sum[Channels] = {};
 #pragma GCC unroll 4
       for (int u = 0; u < Queries; u++) {
         if (u < first || u >= end) continue;
@@ -361,7 +363,10 @@ void spread(const WindowRows<T>& window, int64_t start, int64_t kernel, int64_t 
         for (int v = 0; v < Channels; v++) sum[v] += weight * vector[u][v];
       }
 #pragma GCC unroll 4
-      for (int v = 0; v < Channels; v++) store(row + c * window.column_stride + v * n, sum[v]);
+      for (int v = 0; v < Channels; v++) {
+        T* to = row + c * window.column_stride + v * n;
+        store(to, load(to) + sum[v]);
+      }
     });
   }
 }
@@ -782,19 +787,28 @@ void scatter(const Sizes<T>& sizes, const Map& map, const Tile<T>& tile, int64_t
 template <typename T>
 void slope(const Tile<T>& tile, int64_t kernel, int64_t rows, Vector<T> logsumexp, Vector<T>* weights,
            Vector<T>* slopes) {
-  Vector<T> delta = {};
+  Vector<T> delta = {}, total = {};
   for (int64_t a = 0; a < rows; a++) {
-    Vector<T> sum = {};
+    Vector<T> row_delta = {}, row_total = {};
     for (int64_t o = 0; o < tile.offsets; o++) {
       const int64_t j = a * tile.offsets + o;
       const Integers<T> has = tile.has(tile.first_offset + o, kernel);
       weights[j] = has ? exponential<T>(weights[j] - logsumexp) : Vector<T>{};
       slopes[j] = has ? slopes[j] : Vector<T>{};
-      sum += weights[j] * slopes[j];
+      row_delta += weights[j] * slopes[j];
+      row_total += weights[j];
     }
-    delta += sum;
+    delta += row_delta;
+    total += row_total;
   }
-  for (int64_t j = 0; j < rows * tile.offsets; j++) slopes[j] = weights[j] * (slopes[j] - delta);
+  // The total is 1 but for the rounding of the log-sum-exp, which all weights of a query share; lanes without a query
+  // have nothing.
+  const Vector<T> factor = T(1) / (total == T(0) ? splat(T(1)) : total);
+  delta *= factor;
+  for (int64_t j = 0; j < rows * tile.offsets; j++) {
+    weights[j] *= factor;
+    slopes[j] = weights[j] * (slopes[j] - delta);
+  }
 }
 
 template <typename T>

@@ -14,7 +14,7 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
 import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
-from definition import assert_close, attention_and_gradients, bound, draw  # noqa: E402
+from definition import BOUND, assert_close, attention_and_gradients, draw  # noqa: E402
 
 from neighborhood import native  # noqa: E402
 
@@ -76,7 +76,7 @@ def check_values_and_gradients(module):
                     output = run(*inputs)
                 actual = [output, *tape.gradient(output, inputs, output_gradients=tf.constant(grad_output))]
                 expected = attention_and_gradients(*arrays, grad_output, table, kernel_size, dilation, 0.3)
-                assert_close([x.numpy() for x in actual], expected, bound(dtype, kernel_size, drawn=True))
+                assert_close([x.numpy() for x in actual], expected, BOUND[dtype])
 
 
 def check_shapes(module):

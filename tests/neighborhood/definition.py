@@ -4,22 +4,21 @@ import numpy as np
 
 from neighborhood.windows import bias_positions, key_positions
 
+BOUND = {"float64": 1e-12, "float32": 5e-6}  # the largest error allowed, as a part of the rms
 
-def bound(dtype: str, kernel_size: tuple[int, ...], drawn: bool = False) -> float:
-    """The largest error allowed, as a part of the rms.
 
-    Rounding grows with the root of a window's keys. Among many random small problems (`drawn`) there are some whose
-    largest element is far above the rms: they are allowed twice as much in float32.
+def draw(seed, shape, kernel_size, biased, dtype="float64", distribution="normal"):
+    """Returns query, key, value, the gradient of the output (all of `shape`) and the bias or None.
+
+    Of unit variance, "normal" or "uniform". Among many normal problems are some with an element over ten times the rms,
+    where any float32 arithmetic is off by more than BOUND; uniform ones have none.
     """
-    allowed = {"float64": 1e-12, "float32": 1e-5 if drawn else 5e-6}[dtype]
-    return allowed * max(1.0, np.prod(kernel_size) / 49) ** 0.5
-
-
-def draw(seed: int, shape: tuple[int, ...], kernel_size: tuple[int, ...], biased: bool, dtype="float64"):
-    """Returns query, key, value, the gradient of the output (all of `shape`) and the bias or None."""
     generator = np.random.default_rng(seed)
-    tensors = generator.standard_normal((4, *shape)).astype(dtype)
-    table = 0.5 * generator.standard_normal((shape[-2], *(2 * k - 1 for k in kernel_size))).astype(dtype)
+    if distribution == "uniform":
+        tensors = generator.uniform(-(3**0.5), 3**0.5, (4, *shape)).astype(dtype)
+    else:
+        tensors = generator.standard_normal((4, *shape)).astype(dtype)
+    table = generator.standard_normal((shape[-2], *(2 * k - 1 for k in kernel_size))).astype(dtype)
     return *tensors, table if biased else None
 
 
@@ -64,6 +63,14 @@ def _flat(positions, spatial, kernel_size, dilation, sizes):
         grids.append(index.reshape(shape))
     flat = np.ravel_multi_index(np.broadcast_arrays(*grids), tuple(sizes))
     return flat.reshape(int(np.prod(spatial)), -1)
+
+
+def precision(problem, dtype: str) -> str:
+    """Returns the dtype to run a drawn problem in.
+
+    Of a few elements all may cancel, and their rms be far below what was rounded: these are float64's.
+    """
+    return dtype if np.prod(problem[0]) >= 500 else "float64"
 
 
 def assert_close(actual, expected, bound, names=("output", "query", "key", "value", "rel_pos_bias")):
