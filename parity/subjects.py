@@ -13,7 +13,7 @@ from modelspec.checkpoints import (
     match_checkpoint,
     parameter_shapes,
     probing_weights,
-    read_safetensors,
+    read_checkpoint,
     resolve_weights,
 )
 from modelspec.configs import ModelConfig, get_config, get_variant, load_config
@@ -82,7 +82,7 @@ def checkpoint_subject(source: str | os.PathLike, seed: int, name: str | None = 
     """
     path = resolve_weights(source)
     config = _config(source, name)
-    found = read_safetensors(path)
+    found = read_checkpoint(path)
     shapes = parameter_shapes(config)
     tensors, report = match_checkpoint(config, shapes, found.tensors, path)
     notes = []

@@ -2,15 +2,14 @@
 
 import collections
 import os
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from modelspec.atomic_file import atomic_file
-from modelspec.checkpoints import initial_weights, match_checkpoint, read_safetensors, resolve_weights
+from modelspec.checkpoints import MAX_SHARD_SIZE, RawTensor, initial_weights, open_checkpoint, write_checkpoint
 from modelspec.configs import ModelConfig
 from modelspec.configs.outputs import ModelOutput
+from modelspec.images import ImageProcessor
 
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
 CallOptions = collections.namedtuple("CallOptions", "output_hidden_states output_attentions return_dict")
@@ -208,8 +207,9 @@ class PreTrainedModel(nn.Module):
         torch's own seed, and a `CheckpointWarning` says so.
 
         Args:
-            source: a directory with `config.json` and `model.safetensors`, a `.safetensors` file beside its
-                `config.json`, a Hub id, or the name of a published variant.
+            source: a directory with `config.json` and weights, a file of weights, a Hub id, or the name of a published
+                variant. Weights are `model.safetensors`, `pytorch_model.bin`, either of them in several files,
+                `tf_model.h5`, or files of the original repositories (see `modelspec.checkpoints.dialects`).
             config: use this config instead of the source's, also for the size of the head.
             num_labels: size of the head; the source's by default.
             dtype: floating dtype of the model; float32 by default, `"auto"` for the file's own.
@@ -218,7 +218,8 @@ class PreTrainedModel(nn.Module):
             revision: branch, tag or commit of a Hub repository.
             ignore_mismatched_sizes: accept a head of another size than the source's own config says.
             output_loading_info: also return the `LoadReport` of missing, unexpected and mismatched keys.
-            **kwargs: config fields to override (`id2label`, ...), and further constructor arguments (`use_mask_token`).
+            **kwargs: config fields to override (`id2label`, ...; `kernel_size` or `image_size` resize the tables of
+                positions), and further constructor arguments (`use_mask_token`).
 
         Raises:
             SourceError: the source cannot be found or reached.
@@ -228,18 +229,19 @@ class PreTrainedModel(nn.Module):
         constructor = {name: kwargs.pop(name) for name in cls.constructor_arguments if name in kwargs}
         if num_labels is not None:
             kwargs["num_labels"] = num_labels
-        asked_for = config is not None or {"num_labels", "id2label", "label2id"} & kwargs.keys()
-        if config is None:
-            config = cls.config_class.from_pretrained(source, revision=revision)
-        config = config.replace(**kwargs)
-        checkpoint = read_safetensors(resolve_weights(source, revision))
+        opened = open_checkpoint(
+            cls.config_class,
+            source,
+            config=config,
+            revision=revision,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
+            **kwargs,
+        )
+        config, checkpoint = opened.config, opened.checkpoint
         dtype = dtype if dtype is not None else torch_dtype
         with torch.device("meta"):
             expected = cls(config, **constructor).checkpoint_shapes()
-        replace_head = ignore_mismatched_sizes or bool(asked_for)
-        tensors, report = match_checkpoint(
-            config, expected, checkpoint.tensors, checkpoint.path, replace_head=replace_head
-        )
+        tensors, report = opened.match(expected)
         fresh = {key: expected[key] for key in report.newly_initialised}
         if fresh:
             tensors.update(initial_weights(config, fresh, _framework_seed()))
@@ -260,21 +262,35 @@ class PreTrainedModel(nn.Module):
         """Returns checkpoint key -> contiguous tensor on the CPU, in the layouts of the canonical form."""
         return {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
 
-    def save_pretrained(self, directory: str | os.PathLike) -> None:
-        """Writes `config.json` and `model.safetensors` into `directory`, which is made if need be.
+    def save_pretrained(
+        self,
+        directory: str | os.PathLike,
+        *,
+        image_processor: ImageProcessor | None = None,
+        max_shard_size: int | str = MAX_SHARD_SIZE,
+    ) -> None:
+        """Writes `config.json` (with the labels) and `model.safetensors` into `directory`, which is made if need be.
 
-        Each file is replaced atomically. What is written loads into both halves and into transformers.
+        The folder is replaced as a whole, other files in it are kept; see `modelspec.checkpoints.write_checkpoint`.
+        What is written loads into both halves and into transformers.
+
+        Args:
+            directory: the folder.
+            image_processor: written as `preprocessor_config.json`.
+            max_shard_size: limit of a file's tensors, in bytes or as `"5GB"`; beyond it there are several files and
+                `model.safetensors.index.json`.
         """
-        from safetensors.torch import save_file
-
-        directory = Path(directory)
         config = self.config.replace(architectures=[type(self).__name__], dtype=str(self.dtype).removeprefix("torch."))
+        tensors = self.state_dict()
+
+        def raw(key: str) -> RawTensor:
+            value = tensors[key].detach().cpu().contiguous()
+            data = value.reshape(-1).view(torch.uint8).numpy().tobytes()
+            return RawTensor(str(value.dtype).removeprefix("torch."), tuple(value.shape), data)
+
+        sizes = {key: value.numel() * value.element_size() for key, value in tensors.items()}
         text = config.to_json_string()  # a config that cannot be written fails before any file is touched
-        directory.mkdir(parents=True, exist_ok=True)
-        with atomic_file(directory / "model.safetensors") as temporary:
-            save_file(self.checkpoint_tensors(), temporary, metadata={"format": "pt"})
-        with atomic_file(directory / "config.json") as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_checkpoint(directory, text, sizes, raw, processor=image_processor, max_shard_size=max_shard_size)
 
 
 def _framework_seed() -> int:

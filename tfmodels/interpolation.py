@@ -6,7 +6,7 @@ repeats the border.
 
 from keras import ops
 
-_A = -0.75
+from modelspec.bicubic import tap_weights
 
 
 def bicubic_matrix(in_size: int, out_size, dtype: str):
@@ -22,23 +22,10 @@ def bicubic_matrix(in_size: int, out_size, dtype: str):
     first = ops.floor(centers)
     fraction = centers - first
     matrix = 0.0
-    for tap, weight in zip((-1, 0, 1, 2), _tap_weights(fraction), strict=True):
+    for tap, weight in zip((-1, 0, 1, 2), tap_weights(fraction), strict=True):
         index = ops.clip(ops.cast(first, "int32") + tap, 0, in_size - 1)
         matrix = matrix + weight[:, None] * ops.one_hot(index, in_size, dtype=dtype)
     return matrix
-
-
-def _tap_weights(t):
-    """Weights of the neighbours at -1, 0, 1, 2 for a point at `t` in [0, 1)."""
-    return _outer(t + 1.0), _inner(t), _inner(1.0 - t), _outer(2.0 - t)
-
-
-def _inner(x):
-    return ((_A + 2.0) * x - (_A + 3.0)) * x * x + 1.0
-
-
-def _outer(x):
-    return ((_A * x - 5.0 * _A) * x + 8.0 * _A) * x - 4.0 * _A
 
 
 def resize_bicubic(grid, height, width):

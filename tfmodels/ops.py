@@ -127,7 +127,7 @@ def _neighborhood_attention(
     if choose(implementation, _why_unavailable(), obstacle) == "native":
         biases = () if rel_pos_bias is None else (tf.cast(rel_pos_bias, query.dtype),)
         return _native_attention(query, key, value, *biases, sizes=sizes, scale=scale)
-    _check_unknown_sizes(query, key, value, *sizes)
+    query, key, value = _after_checks(query, key, value, *sizes)
     return composed_attention.neighborhood_attention(
         *(query, key, value, *sizes),
         rel_pos_bias=rel_pos_bias,
@@ -152,16 +152,21 @@ def _convert(name: str, tensor, query: tf.Tensor) -> tf.Tensor:
     return tensor
 
 
-def _check_unknown_sizes(query, key, value, kernel_size: tuple[int, ...], dilation: tuple[int, ...]) -> None:
-    """Checks, when the operation runs, the sizes that are not known yet (XLA, which knows them all, drops this)."""
+def _after_checks(query, key, value, kernel_size: tuple[int, ...], dilation: tuple[int, ...]) -> list[tf.Tensor]:
+    """Returns the tensors, to be had once sizes that are not known yet are checked (XLA knows them and drops this)."""
+    checks = []
     for name, tensor in (("key", key), ("value", value)):
         if not (query.shape.is_fully_defined() and tensor.shape.is_fully_defined()):
             message = f"query and {name} have different shapes"
-            tf.debugging.assert_equal(tf.shape(query), tf.shape(tensor), message=message)
+            checks.append(tf.debugging.assert_equal(tf.shape(query), tf.shape(tensor), message=message))
     for axis, (kernel, step) in enumerate(zip(kernel_size, dilation, strict=True), start=1):
         if query.shape[axis] is None:
             message = f"kernel_size {kernel} times dilation {step} is more than the positions of axis {axis} of query"
-            tf.debugging.assert_greater_equal(tf.shape(query)[axis], kernel * step, message=message)
+            checks.append(tf.debugging.assert_greater_equal(tf.shape(query)[axis], kernel * step, message=message))
+    if not checks:
+        return [query, key, value]
+    with tf.control_dependencies([check for check in checks if check is not None]):
+        return [tf.identity(tensor) for tensor in (query, key, value)]
 
 
 def _is_compiled_by_xla() -> bool:

@@ -5,18 +5,16 @@ import contextlib
 import functools
 import inspect
 import os
-from pathlib import Path
 
 import keras
 import numpy as np
 import optree
 from keras import ops
 
-from modelspec.atomic_file import atomic_file
-from modelspec.checkpoints import initial_weights, match_checkpoint, read_safetensors, resolve_weights
+from modelspec.checkpoints import MAX_SHARD_SIZE, RawTensor, initial_weights, open_checkpoint, write_checkpoint
 from modelspec.configs import ModelConfig, config_from_dict
 from modelspec.configs.outputs import ModelOutput
-from modelspec.images.processor import ImageBatch
+from modelspec.images.processor import ImageBatch, ImageProcessor
 from tfmodels.layers import Dense
 from tfmodels.losses import image_classification_loss
 from tfmodels.weights import assign_weights, checkpoint_variables, read_weights
@@ -280,8 +278,9 @@ class TFPreTrainedModel(keras.Model):
         Keras' own seed, and a `CheckpointWarning` says so.
 
         Args:
-            source: a directory with `config.json` and `model.safetensors`, a `.safetensors` file beside its
-                `config.json`, a Hub id, or the name of a published variant.
+            source: a directory with `config.json` and weights, a file of weights, a Hub id, or the name of a published
+                variant. Weights are `model.safetensors`, `pytorch_model.bin`, either of them in several files,
+                `tf_model.h5`, or files of the original repositories (see `modelspec.checkpoints.dialects`).
             config: use this config instead of the source's, also for the size of the head.
             num_labels: size of the head; the source's by default.
             dtype: a dtype or Keras dtype policy; Keras' global policy by default, `"auto"` for the file's own.
@@ -291,8 +290,8 @@ class TFPreTrainedModel(keras.Model):
             output_loading_info: also return the `LoadReport` of missing, unexpected and mismatched keys.
             data_format: see the class.
             attn_implementation: see the class.
-            **kwargs: config fields to override (`id2label`, ...), and further constructor arguments
-                (`use_mask_token`, `name`).
+            **kwargs: config fields to override (`id2label`, ...; `kernel_size` or `image_size` resize the tables of
+                positions), and further constructor arguments (`use_mask_token`, `name`).
 
         Raises:
             SourceError: the source cannot be found or reached.
@@ -304,19 +303,20 @@ class TFPreTrainedModel(keras.Model):
         constructor |= {"data_format": data_format, "attn_implementation": attn_implementation}
         if num_labels is not None:
             kwargs["num_labels"] = num_labels
-        asked_for = config is not None or {"num_labels", "id2label", "label2id"} & kwargs.keys()
-        if config is None:
-            config = cls.config_class.from_pretrained(source, revision=revision)
-        config = config.replace(**kwargs)
-        checkpoint = read_safetensors(resolve_weights(source, revision))
+        opened = open_checkpoint(
+            cls.config_class,
+            source,
+            config=config,
+            revision=revision,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
+            **kwargs,
+        )
+        config, checkpoint = opened.config, opened.checkpoint
         dtype = dtype if dtype is not None else torch_dtype
         with _drawing_deferred():
             model = cls(config, dtype=_policy(checkpoint.dtype if dtype == "auto" else dtype), **constructor)
         expected = model.checkpoint_shapes()
-        replace_head = ignore_mismatched_sizes or bool(asked_for)
-        tensors, report = match_checkpoint(
-            config, expected, checkpoint.tensors, checkpoint.path, replace_head=replace_head
-        )
+        tensors, report = opened.match(expected)
         fresh = {key: expected[key] for key in report.newly_initialised}
         if fresh:
             tensors.update(initial_weights(config, fresh, _framework_seed()))
@@ -324,22 +324,33 @@ class TFPreTrainedModel(keras.Model):
         report.warn(checkpoint.path)
         return (model, report) if output_loading_info else model
 
-    def save_pretrained(self, directory: str | os.PathLike) -> None:
-        """Writes `config.json` and `model.safetensors` into `directory`, which is made if need be.
+    def save_pretrained(
+        self,
+        directory: str | os.PathLike,
+        *,
+        image_processor: ImageProcessor | None = None,
+        max_shard_size: int | str = MAX_SHARD_SIZE,
+    ) -> None:
+        """Writes `config.json` (with the labels) and `model.safetensors` into `directory`, which is made if need be.
 
-        Each file is replaced atomically. What is written has PyTorch's names and layouts: it loads into both halves
-        and into transformers.
+        The folder is replaced as a whole, other files in it are kept; see `modelspec.checkpoints.write_checkpoint`.
+        What is written has PyTorch's names and layouts: it loads into both halves and into transformers.
+
+        Args:
+            directory: the folder.
+            image_processor: written as `preprocessor_config.json`.
+            max_shard_size: limit of a file's tensors, in bytes or as `"5GB"`; beyond it there are several files and
+                `model.safetensors.index.json`.
         """
-        from safetensors.numpy import save_file
-
-        directory = Path(directory)
         config = self.config.replace(architectures=[type(self).__name__.removeprefix("TF")], dtype=self.variable_dtype)
+        tensors = read_weights(self)
+
+        def raw(key: str) -> RawTensor:
+            return RawTensor(tensors[key].dtype.name, tensors[key].shape, tensors[key].tobytes())
+
+        sizes = {key: value.nbytes for key, value in tensors.items()}
         text = config.to_json_string()  # a config that cannot be written fails before any file is touched
-        directory.mkdir(parents=True, exist_ok=True)
-        with atomic_file(directory / "model.safetensors") as temporary:
-            save_file(read_weights(self), temporary, metadata={"format": "pt"})
-        with atomic_file(directory / "config.json") as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_checkpoint(directory, text, sizes, raw, processor=image_processor, max_shard_size=max_shard_size)
 
     # Keras' own saving
 

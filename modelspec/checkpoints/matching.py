@@ -7,6 +7,7 @@ import numpy as np
 
 from modelspec.checkpoints.errors import CheckpointError, CheckpointWarning
 from modelspec.checkpoints.keys import Shape
+from modelspec.checkpoints.resizing import resized
 
 # A file may lack these and still be whole: the counter was added to BatchNorm late and counts nothing that inference
 # needs, and published ViT-MSN files hold no mask token.
@@ -21,11 +22,15 @@ class LoadReport:
         missing: the model has them, the file does not: newly initialised.
         unexpected: the file has them, the model does not: left out.
         mismatched: (key, shape in the file, shape in the model): skipped and newly initialised.
+        resized: likewise: interpolated, as asked for.
+        dialect: whose names the file's keys were in, see `modelspec.checkpoints.dialects`.
     """
 
     missing: list[str] = dataclasses.field(default_factory=list)
     unexpected: list[str] = dataclasses.field(default_factory=list)
     mismatched: list[tuple[str, Shape, Shape]] = dataclasses.field(default_factory=list)
+    resized: list[tuple[str, Shape, Shape]] = dataclasses.field(default_factory=list)
+    dialect: str = "transformers"
 
     @property
     def newly_initialised(self) -> list[str]:
@@ -47,7 +52,14 @@ class LoadReport:
 
 
 def match_checkpoint(
-    config, expected: dict[str, Shape], found: dict[str, np.ndarray], path: str, *, replace_head: bool = False
+    config,
+    expected: dict[str, Shape],
+    found: dict[str, np.ndarray],
+    path: str,
+    *,
+    replace_head: bool = False,
+    resize: bool = False,
+    dialect: str = "transformers",
 ) -> tuple[dict[str, np.ndarray], LoadReport]:
     """Returns the arrays that fill the model's keys, and the report of those that do not fit.
 
@@ -60,14 +72,16 @@ def match_checkpoint(
         found: the file's key -> array.
         path: the file, for messages.
         replace_head: accept a head of another number of labels, and skip it.
+        resize: interpolate tables of positions of another window or image size.
+        dialect: for the report.
 
     Raises:
         CheckpointError: the file is of another model, lacks a part of the body, or has a key of another shape or kind.
     """
-    renamed, report = {}, LoadReport()
+    renamed, report = {}, LoadReport(dialect=dialect)
     tensors, errors, absent = {}, [], []
     for key in found:
-        name = _model_key(config, key, expected)
+        name = model_key(config, key, expected)
         if name in renamed:
             errors.append(f"{renamed[name]} and {key} are both {name}")
         renamed[name] = key
@@ -79,6 +93,10 @@ def match_checkpoint(
                 absent.append(key)
             continue
         value = found[renamed[key]]
+        table = resized(key, value, shape) if resize and value.shape != shape else None
+        if table is not None:
+            report.resized.append((key, value.shape, shape))
+            value = table
         if value.shape != shape:
             if replace_head and key.split(".")[0] in config.num_labels_keys:
                 report.mismatched.append((key, value.shape, shape))
@@ -103,7 +121,7 @@ def match_checkpoint(
     return tensors, report
 
 
-def _model_key(config, key: str, expected: dict[str, Shape]) -> str:
+def model_key(config, key: str, expected: dict[str, Shape]) -> str:
     """Returns the model's name of the file's `key`: with the base prefix added, without it, or as it is.
 
     Each key for itself: transformers 5 writes ViT-MSN classifiers with the prefix on some keys of the body only.

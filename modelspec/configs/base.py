@@ -250,6 +250,10 @@ class ModelConfig:
         )
         return replaced
 
+    def states(self, name: str) -> bool:
+        """Whether the file that this was read from has the field `name`; False if it was read from none."""
+        return name in self._file_keys
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Makes a configuration of the contents of a `config.json`; unknown keys are kept in `extra`.
