@@ -1,5 +1,6 @@
 """Reading the weights of a `tf_model.h5`, as transformers' TensorFlow classes wrote it, without TensorFlow."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -19,31 +20,39 @@ def read_h5(path: str | Path) -> Checkpoint:
     """
     import h5py
 
-    tensors, elements, total = {}, {}, 0
+    tensors, elements = {}, {}
     try:
         length = Path(path).stat().st_size
         with h5py.File(path, "r") as file:
-            for name, dataset in _datasets(file, "", 0):
-                count = math.prod(dataset.shape)
-                # arrays lie in the file as they are: what is packed, virtual or elsewhere could be of any size
-                begin = dataset.id.get_offset()
-                if dataset.external or dataset.is_virtual or dataset.chunks or (count and begin is None):
-                    raise CheckpointError(f"its array {name} is not stored in one piece")
-                if dataset.dtype.kind not in "fiu" or count * dataset.dtype.itemsize > length - (begin or 0):
-                    raise CheckpointError(f"its array {name} of {dataset.shape} {dataset.dtype} does not fit the file")
+            datasets = dict(_datasets(file, "", 0))
+            _check_places(datasets, length)
+            for name, dataset in datasets.items():
                 key = ".".join(name.split("/")[2:])
                 if key in tensors or not key:
                     raise CheckpointError(f"its array {name} has no name of its own below the model's")
-                total += count * dataset.dtype.itemsize
-                if total > length:
-                    raise CheckpointError("its arrays share their bytes: they are larger than the file")
                 tensors[key] = np.asarray(dataset[()])
-                elements[str(dataset.dtype)] = elements.get(str(dataset.dtype), 0) + count
+                elements[str(dataset.dtype)] = elements.get(str(dataset.dtype), 0) + tensors[key].size
     except CheckpointError as error:
         raise CheckpointError(f"{path} is no readable HDF5 file of weights: {error}") from error
     except Exception as error:  # a damaged file can raise anything
         raise CheckpointError(f"{path} is no readable HDF5 file of weights: {error}") from error
     return Checkpoint(str(path), tensors, main_dtype(elements), {}, format="h5")
+
+
+def _check_places(datasets: dict, length: int) -> None:
+    """Checks that arrays lie in the file as they are, side by side; packed or elsewhere they could be of any size."""
+    places = []
+    for name, dataset in datasets.items():
+        size = math.prod(dataset.shape) * dataset.dtype.itemsize
+        begin = dataset.id.get_offset()
+        if dataset.external or dataset.is_virtual or dataset.chunks or (size and begin is None):
+            raise CheckpointError(f"its array {name} is not stored in one piece")
+        if dataset.dtype.kind not in "fiu" or size > length - (begin or 0):
+            raise CheckpointError(f"its array {name} of {dataset.shape} {dataset.dtype} does not fit the file")
+        places.append((begin or 0, (begin or 0) + size, name))
+    for (_, end, first), (begin, _, second) in itertools.pairwise(sorted(places)):
+        if begin < end:
+            raise CheckpointError(f"its arrays {first} and {second} overlap")
 
 
 def _datasets(group, prefix: str, depth: int):

@@ -271,6 +271,9 @@ def test_archives_that_grow_are_refused(tmp_path, reader):
     assert "larger than the file" in reader.read(path)
     path.write_bytes(pack(b"\x80\x02}.").replace(b"archive/data.pkl", b"nothing/data.bin"))
     assert "without one data.pkl" in reader.read(path)
+    whole = pack(tensor_program("FloatStorage", 0, (1,), (1,)), {"data/0": bytes(4), "data/1": bytes(8)})
+    path.write_bytes(whole.replace(b"archive/data/1", b"archive/data/0"))
+    assert "two members of the archive have the same name" in reader.read(path)
     assert reader.close() < 200_000
 
 
@@ -304,9 +307,15 @@ def test_h5_files_that_point_elsewhere_are_refused(tmp_path, reader):
 
     def circle(file):
         file["a/b"] = np.zeros(3)
-        file["a/c"] = file["a"]
+        file["a/a"] = file["a"]
 
-    check(circle, "")
+    check(circle, "nested deeper than 32")
+
+    def twice(file):
+        file["a/b/c"] = np.zeros(3)
+        file["a/b/d"] = file["a/b/c"]
+
+    check(twice, "overlap")
 
 
 @pytest.mark.parametrize("header", [b"\xff" * 8, struct.pack("<Q", 2**40), struct.pack("<Q", 2**63), bytes(8)])
@@ -329,6 +338,23 @@ def test_safetensors_entries_that_lie_are_errors(entry, tmp_path, reader):
     header = json.dumps({"w": entry}).encode()
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(64))
     assert reader.read(tmp_path / "model.safetensors").startswith("error")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "h5", "old torch"])
+def test_a_flipped_bit_without_a_sum_is_what_the_bytes_say(kind, tmp_path):
+    name = write(kind, tmp_path)
+    whole = (tmp_path / name).read_bytes()
+    expected = read_checkpoint(tmp_path / name).tensors
+    key, value = max(expected.items(), key=lambda item: item[1].size)
+    stored = np.ascontiguousarray(value.transpose(2, 3, 1, 0)) if kind == "h5" else value
+    place = whole.index(stored.tobytes())  # of its first element, whose highest bit is the sign
+    (tmp_path / name).write_bytes(whole[: place + 3] + bytes([whole[place + 3] ^ 0x80]) + whole[place + 4 :])
+    found = read_checkpoint(tmp_path / name).tensors
+    assert found[key].flat[0] == -value.flat[0]
+    value = np.array(value)
+    value.flat[0] *= -1
+    for name, array in (expected | {key: value}).items():
+        np.testing.assert_array_equal(found[name], array)
 
 
 def test_a_file_with_our_sum_notices_any_flipped_bit(tmp_path):

@@ -300,7 +300,17 @@ def test_an_unknown_name_without_a_network_is_one_clear_error(half, monkeypatch,
         half.model("SwiftFormerForImageClassification", "./no/such/folder")
 
 
-def test_the_cache_of_the_hub_is_honoured(half, checkpoint, monkeypatch, tmp_path):
+@pytest.mark.parametrize("kind", ["whole", "shards", "bin"])
+def test_the_cache_of_the_hub_is_honoured(half, kind, checkpoint, monkeypatch, tmp_path):
+    if kind == "shards":
+        half.model("SwiftFormerForImageClassification", checkpoint).save_pretrained(checkpoint, max_shard_size="99KB")
+        assert not (checkpoint / "model.safetensors").exists()
+    elif kind == "bin":
+        torch.save(
+            {key: torch.from_numpy(value) for key, value in load_file(checkpoint / "model.safetensors").items()},
+            checkpoint / "pytorch_model.bin",
+        )
+        (checkpoint / "model.safetensors").unlink()
     commit = "0123456789abcdef0123456789abcdef01234567"
     repository = tmp_path / "hub" / "models--MBZUAI--swiftformer-xs"
     shutil.copytree(checkpoint, repository / "snapshots" / commit)

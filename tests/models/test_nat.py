@@ -100,3 +100,14 @@ def test_a_backbone_gives_the_stages_that_are_asked_for(half):
         "feature_maps.0": (1, 16, 16, 24),
         "feature_maps.1": (1, 64, 4, 6),
     }
+
+
+@pytest.mark.parametrize("half", HALVES, ids=lambda half: half.name)
+def test_dropout_has_the_rates_and_places_of_the_reference(half):
+    config = NatConfig(**BASE, kernel_size=3, hidden_dropout_prob=0.25, attention_probs_dropout_prob=0.5)
+    model_class = (torch_class if half.name == "torch" else keras_class)("nat", "Model")
+    model = model_class(config)
+    layer = model.encoder.levels[0].layers[0]
+    places = (model.embeddings, layer.attention.self, layer.attention.output, layer.output)
+    rates = [getattr(place.dropout, "p" if half.name == "torch" else "rate") for place in places]
+    assert rates == [0.25, 0.5, 0.5, 0.25]

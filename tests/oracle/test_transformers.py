@@ -55,11 +55,13 @@ def images():
     return np.random.default_rng(0).standard_normal((2, 3, 224, 224), np.float32)
 
 
+@pytest.mark.parametrize("max_shard_size", ["5GB", "2MB"])
 @pytest.mark.parametrize("name", NAMES)
-def test_what_keras_saved_loads_without_a_missing_or_unexpected_key(name, images, tmp_path):
+def test_what_keras_saved_loads_without_a_missing_or_unexpected_key(name, max_shard_size, images, tmp_path):
     config = small(name)
     model = half_class(tfmodels, config).from_weights(config, probing_weights(config))
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    assert (tmp_path / "model.safetensors").exists() == (max_shard_size == "5GB")
     theirs, info = reference_class(config).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     with torch.no_grad():
