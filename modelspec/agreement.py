@@ -16,6 +16,9 @@ FLOAT32_GOLDEN_BOUND = 2e-5  # recorded cases of three to eight small blocks
 FLOAT16_BOUND = 3e-2  # 11 bits of mantissa: 5e-4 per operation, amplified like float32
 BFLOAT16_BOUND = 2e-1  # 8 bits of mantissa: 4e-3 per operation
 BOUNDS = {"float64": FLOAT64_BOUND, "float32": FLOAT32_BOUND, "float16": FLOAT16_BOUND, "bfloat16": BFLOAT16_BOUND}
+# the way back is as long again, and sums over all positions: torch's own float32 is up to 2e-4 off
+GRADIENT_BOUNDS = {"float64": FLOAT64_BOUND, "float32": 1e-3}
+OPERATOR_BOUNDS = {"float64": 1e-12, "float32": 5e-6}  # neighborhood attention alone, of its rms
 
 # In float32 neither framework may be much further from the float64 result than the other: both round, but a leak of
 # precision in one of them shows as a ratio. Rounding itself makes the ratio jump on small arrays and tiny errors.

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from parity.checking import DTYPES, LEVELS, ComparisonError, check
+from parity.checking import DEFAULT_LEVELS, DTYPES, LEVELS, ComparisonError, check
 
 PASSED, DIVERGED, NOT_COMPARED = 0, 1, 2
 
@@ -78,8 +78,8 @@ def _check(arguments: argparse.Namespace) -> int:
             every_model=arguments.all,
             checkpoint=arguments.checkpoint,
             reduced=arguments.reduced or (arguments.all and not arguments.full),
-            levels=_chosen(arguments.level, LEVELS),
-            dtypes=_chosen(arguments.dtype, DTYPES),
+            levels=_chosen(arguments.level, LEVELS, DEFAULT_LEVELS),
+            dtypes=_chosen(arguments.dtype, DTYPES, DTYPES),
             image=arguments.image,
             size=arguments.size,
             seed=arguments.seed,
@@ -137,7 +137,11 @@ def _parser() -> argparse.ArgumentParser:
     extent.add_argument("--full", action="store_true", help="whole variants (what named ones are anyway)")
     extent.add_argument("--reduced", action="store_true", help="at most two blocks per stage (what --all does anyway)")
     check.add_argument(
-        "--level", action="append", type=_list_of(LEVELS), metavar="LEVEL", help=f"{' or '.join(LEVELS)}; default both"
+        "--level",
+        action="append",
+        type=_list_of((*LEVELS, "all")),
+        metavar="LEVEL",
+        help=f"{', '.join(LEVELS)}, or all; default {' and '.join(DEFAULT_LEVELS)}",
     )
     check.add_argument(
         "--dtype", action="append", type=_list_of(DTYPES), metavar="DTYPE", help=f"{' or '.join(DTYPES)}; default both"
@@ -162,9 +166,9 @@ def _list_of(allowed: Sequence[str]):
     return parse
 
 
-def _chosen(given: list[list[str]] | None, everything: Sequence[str]) -> list[str]:
-    chosen = [value for values in given or [everything] for value in values]
-    return [value for value in everything if value in chosen]
+def _chosen(given: list[list[str]] | None, everything: Sequence[str], default: Sequence[str]) -> list[str]:
+    chosen = [value for values in given or [default] for value in values]
+    return [value for value in everything if value in chosen or "all" in chosen]
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -15,6 +15,7 @@ import numpy as np
 from modelspec.agreement import BOUNDS, Agreement, balanced, compare_all
 from modelspec.checkpoints import num_parameters, parameter_shapes
 from modelspec.configs import ModelConfig, get_variant, list_models
+from parity import gradients, operator, round_trip, training
 from parity.environment import describe_environment
 from parity.halves import HALVES, Arrays, import_frameworks
 from parity.photograph import Photograph, pixel_values, read_photograph
@@ -22,7 +23,8 @@ from parity.report import Comparison, ModelReport, Report
 from parity.subjects import Subject, checkpoint_subject, drawn_subject
 from parity.variants import missing_halves, split_by_family
 
-LEVELS = ("outputs", "layers")
+LEVELS = ("outputs", "layers", "gradients", "training", "weights", "op")
+DEFAULT_LEVELS = ("outputs", "layers")
 DTYPES = ("float64", "float32")
 
 # Attention over n tokens is n x n numbers per head and layer: 12 heads over 3137 tokens are 900 MB in float64.
@@ -42,7 +44,7 @@ def check(
     every_model: bool = False,
     checkpoint: str | os.PathLike | None = None,
     reduced: bool = False,
-    levels: Sequence[str] = LEVELS,
+    levels: Sequence[str] = DEFAULT_LEVELS,
     dtypes: Sequence[str] = DTYPES,
     image: str | os.PathLike | None = None,
     size: tuple[int, int] | None = None,
@@ -59,7 +61,9 @@ def check(
             be empty, or the one variant that the checkpoint must be of.
         reduced: compare reduced variants (`parity.variants.reduced`).
         levels: `"outputs"` are the logits and the loss for class 0, in one call as users make it; `"layers"` are the
-            hidden states and, where a model has them, the attention probabilities.
+            hidden states and, where a model has them, the attention probabilities; `"gradients"` those of the loss;
+            `"training"` ten steps of each optimizer, in float64 (see `parity.training`); `"weights"` a round trip
+            through files of both halves; `"op"` neighborhood attention alone, of NAT and DiNAT.
         dtypes: `"float64"` and `"float32"`; the reference is computed in float64 in any case.
         image: an image file; scikit-image's cat by default.
         size: (height, width) fed to the models instead of their processor's; ViT-MSN then interpolates its positions.
@@ -100,7 +104,7 @@ def check(
         def on_run(index: int, what: str, number: int = number, name: str = subject.name) -> None:
             on_step(number * len(runs) + index, len(subjects) * len(runs), f"{name}: {what}")
 
-        report = _check_one(subject, photograph, size, levels, runs, on_run)
+        report = _check_one(subject, photograph, size, levels, runs, seed, on_run)
         reports.append(report)
         if on_model is not None:
             on_model(report)
@@ -151,6 +155,7 @@ def _check_one(
     size: tuple[int, int] | None,
     levels: Sequence[str],
     runs: list[tuple[str, str]],
+    seed: int,
     on_run: Callable[[int, str], None],
 ) -> ModelReport:
     on_run(0, "weights")
@@ -170,6 +175,15 @@ def _check_one(
         _require_kinds(subject.name, options, arrays["torch", "float64"][position])
         of_level = {run: _of_level(level, per_call[position]) for run, per_call in arrays.items()}
         results += _compare(subject.name, level, of_level)
+    further = {"gradients": _gradients, "training": _training, "weights": _weights, "op": _operator}
+    for level, compare_level in further.items():
+        if level in levels:
+            on_run(len(runs), level)
+            try:
+                results += compare_level(subject, weights, images, runs, seed)
+            except Exception as error:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise ComparisonError(f"{subject.name}: the comparison of its {level} failed: {reason}") from error
     return ModelReport(
         model=subject.name,
         extent=subject.extent,
@@ -180,6 +194,62 @@ def _check_one(
         notes=(*subject.notes, *notes),
         results=tuple(results),
     )
+
+
+def _gradients(subject: Subject, weights: Arrays, images: np.ndarray, runs, seed: int) -> list[Comparison]:
+    options = _positions(subject.config, images.shape[2:]) | {"labels": np.zeros(1, np.int64)}
+    found = {
+        (half, dtype): gradients.GRADIENTS[half](subject.config, weights, images, dtype, options)
+        for half, dtype in runs
+    }
+    reference = found.pop(("torch", "float64"))
+    return [
+        Comparison(subject.name, "gradients", f"gradients.{key}", dtype, agreement, half)
+        for (half, dtype), actual in found.items()
+        for key, agreement in gradients.compare_gradients(subject.config, actual, reference, dtype).items()
+    ]
+
+
+def _training(subject: Subject, weights: Arrays, images: np.ndarray, runs, seed: int) -> list[Comparison]:
+    if ("keras", "float64") not in runs:
+        return []
+    images, labels = training.training_batch(images)
+    config = training.without_dropout(subject.config)
+    options = _positions(config, images.shape[2:])
+    results = []
+    for optimizer in training.OPTIMIZERS:
+        for kind, agreements in training.compare_steps(config, weights, images, labels, optimizer, options).items():
+            results += [
+                Comparison(subject.name, "training", f"{optimizer}-{kind}.{key}", "float64", agreement, "keras")
+                for key, agreement in agreements.items()
+            ]
+    return results
+
+
+def _weights(subject: Subject, weights: Arrays, images: np.ndarray, runs, seed: int) -> list[Comparison]:
+    return [
+        Comparison(subject.name, "weights", f"weights.{key}", "float32", agreement, half)
+        for half, actual in round_trip.round_trip(subject.config, weights).items()
+        for key, agreement in round_trip.compare_bits(actual, weights).items()
+    ]
+
+
+def _operator(subject: Subject, weights: Arrays, images: np.ndarray, runs, seed: int) -> list[Comparison]:
+    if subject.config.model_type not in ("nat", "dinat"):
+        return []
+    return [
+        Comparison(subject.name, "op", f"{implementation}.{name}", dtype, agreement, half)
+        for dtype in dict.fromkeys(dtype for _, dtype in runs)
+        for half, implementation, name, agreement in operator.compare_operator(
+            subject.config, images.shape[2:], dtype, seed
+        )
+    ]
+
+
+def _positions(config: ModelConfig, image_size: tuple[int, int]) -> dict[str, bool]:
+    """Returns the option that lets a ViT-MSN take images of another size than it was made for."""
+    other = config.model_type == "vit_msn" and tuple(image_size) != (config.image_size, config.image_size)
+    return {"interpolate_pos_encoding": True} if other else {}
 
 
 def _calls(

@@ -18,24 +18,26 @@ class Comparison(Result):
 
     @property
     def kind(self) -> str:
-        """What arrays of this sort are called: `"logits"`, `"loss"`, `"hidden_states"` or `"attentions"`."""
+        """What arrays of this sort are called: `"logits"`, `"hidden_states"`, `"adam-parameters"`, ..."""
         return self.name.partition(".")[0]
 
     @property
     def index(self) -> int:
         """The number in the name, 0 where there is none."""
-        return int(self.name.partition(".")[2] or 0)
+        number = self.name.partition(".")[2]
+        return int(number) if number.isdecimal() else 0
 
     def to_dict(self) -> dict:
         """Returns the row as plain values, for JSON."""
         return {**super().to_dict(), "half": self.half}
 
 
-_KINDS = ("hidden_states", "attentions", "logits", "loss")
+_KINDS = ("weights", "native", "composed", "hidden_states", "attentions", "logits", "loss", "gradients")
 
 
 def _order_of_divergence(row: Comparison) -> tuple:
-    return _KINDS.index(row.kind), row.dtype != "float64", row.index
+    kind = _KINDS.index(row.kind) if row.kind in _KINDS else len(_KINDS)  # training comes last
+    return kind, row.dtype != "float64", row.index
 
 
 @dataclasses.dataclass(frozen=True)

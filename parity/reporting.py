@@ -35,7 +35,7 @@ def print_model(console: Console, report: ModelReport, *, every_array: bool = Fa
     for label, text in (("Image", report.image), ("Weights", report.weights), *(("Note", n) for n in report.notes)):
         _print_labelled(console, label, text)
     console.print()
-    console.print(_table(report, every_array, narrow=console.width < _NARROW))
+    console.print(_table(report, every_array, console.width))
     for result in report.results:
         if result.agreement.reason:
             console.print(Text(f"{result.name} {result.dtype} {result.half}: {result.agreement.reason}", "red"))
@@ -84,7 +84,9 @@ def _worst(report: Report) -> Iterator[str]:
             yield f"{_number(worst)} in {dtype}"
 
 
-def _table(report: ModelReport, every_array: bool, narrow: bool) -> Table:
+def _table(report: ModelReport, every_array: bool, columns: int) -> Table:
+    narrow = columns < _NARROW
+    width = max(columns - (54 if narrow else 70), 20)  # of names
     padding = 0 if narrow else (0, 2, 0, 0)
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=padding, header_style="dim")
     table.add_column("name", no_wrap=True)
@@ -99,7 +101,7 @@ def _table(report: ModelReport, every_array: bool, narrow: bool) -> Table:
             agreements = [result.agreement for result in group]
             passed = agreements[0].passed
             table.add_row(
-                Text(name, "" if passed else "red"),
+                Text(_shortened(name, width), "" if passed else "red"),
                 dtype,
                 half,
                 _number(max(agreement.max_abs for agreement in agreements)),
@@ -113,13 +115,26 @@ def _table(report: ModelReport, every_array: bool, narrow: bool) -> Table:
 
 
 def _groups(rows: list[Comparison], every_array: bool) -> Iterator[tuple[str, list[Comparison]]]:
-    """Yields (name, rows): several arrays of one kind share a row of the table if all of them passed."""
+    """Yields (name, rows): several arrays of one kind share a row of the table if all of them passed.
+
+    Of parameters, of which there are hundreds, those that passed share one even if others failed.
+    """
     for kind in dict.fromkeys(row.kind for row in rows):
         of_kind = [row for row in rows if row.kind == kind]
-        if every_array or len(of_kind) == 1 or not all(row.agreement.passed for row in of_kind):
-            yield from ((row.name, [row]) for row in of_kind)
-        else:
-            yield f"{kind}.{of_kind[0].index}-{of_kind[-1].index}", of_kind
+        numbered = any(row.index for row in of_kind)
+        passed = [row for row in of_kind if row.agreement.passed]
+        shared = [] if every_array or (numbered and len(passed) < len(of_kind)) else passed
+        if len(shared) > 1:
+            yield f"{kind}.{shared[0].index}-{shared[-1].index}" if numbered else f"{kind} ({len(shared)})", shared
+        yield from ((row.name, [row]) for row in of_kind if len(shared) < 2 or not row.agreement.passed)
+
+
+def _shortened(name: str, width: int) -> str:
+    """Returns the name with its middle left out, if it is too long; the end tells most."""
+    if len(name) <= width:
+        return name
+    kind = name.partition(".")[0] + "..."
+    return kind + name[len(kind) - width :]
 
 
 def _number(value: float) -> str:

@@ -43,9 +43,11 @@ class DropPath(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or self.rate == 0.0:
             return x
-        keep = 1.0 - self.rate
-        mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
-        return x * (mask / keep)
+        return x * (self.draw_mask(x) / (1.0 - self.rate))
+
+    def draw_mask(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns which samples stay, as ones and zeros of shape (B, 1, ...)."""
+        return x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(1.0 - self.rate)
 
 
 class NeighborhoodAttention(nn.Module):

@@ -196,10 +196,13 @@ class DropPath(keras.layers.Layer):
     def call(self, x, training=None):
         if not training or self.rate == 0.0:
             return x
-        keep = 1.0 - self.rate
+        return x * (self.draw_mask(x) / (1.0 - self.rate))
+
+    def draw_mask(self, x):
+        """Returns which samples stay, as ones and zeros of shape (B, 1, ...)."""
         shape = (ops.shape(x)[0],) + (1,) * (len(x.shape) - 1)
         draw = keras.random.uniform(shape, dtype="float32", seed=self.seed_generator)
-        return x * (ops.cast(draw < keep, x.dtype) / keep)
+        return ops.cast(draw < 1.0 - self.rate, x.dtype)
 
 
 class NeighborhoodAttention(keras.layers.Layer):

@@ -10,8 +10,9 @@ import time
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
+import modelspec.atomic_folder as atomic_folder_module
 from modelspec import CheckpointError, ImageProcessor, SwiftFormerConfig
 from modelspec.atomic_folder import atomic_folder, recover
 from modelspec.checkpoints import RawTensor, open_checkpoint, parameter_shapes, read_checkpoint, resolve_weights
@@ -55,6 +56,20 @@ def test_new_files_replace_old_ones_and_the_users_stay(way, tmp_path):
     assert contents(way) == {"ours1": "new", "ours3": "new", "theirs": "kept", "late": "kept", "link": "kept"}
     assert (way / "sub" / "deep").read_text() == "kept" and (way / "link").is_symlink()
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_files_that_appear_at_the_last_moment_are_kept(tmp_path, monkeypatch):
+    fill(tmp_path, ours1="old")
+
+    def late(first, second):
+        fill(first, late="kept")
+        return exchange(first, second)
+
+    exchange = atomic_folder_module._rename_exchange
+    monkeypatch.setattr(atomic_folder_module, "_rename_exchange", late)
+    with atomic_folder(tmp_path, owns) as folder:
+        fill(folder, ours1="new")
+    assert contents(tmp_path) == {"ours1": "new", "late": "kept"}
 
 
 def test_a_failure_changes_nothing_and_leaves_nothing(way, tmp_path):
@@ -159,6 +174,18 @@ def test_shards_and_index_must_fit_together(tmp_path):
     for text in ("", "[]", "{}", '{"weight_map": {}}', "[" * 100000):
         index.write_text(text)
         with pytest.raises(CheckpointError, match="model.safetensors.index.json"):
+            read_checkpoint(index)
+
+
+def test_an_index_of_others_must_say_where_its_keys_are(tmp_path):
+    save_file({"a": np.zeros(2, np.float32)}, tmp_path / "one.safetensors")
+    save_file({"b": np.zeros(2, np.float32)}, tmp_path / "two.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}))
+    assert read_checkpoint(index).tensors.keys() == {"a", "b"}
+    for wrong in ({"a": "one.safetensors", "b": "one.safetensors"}, {"a": "one.safetensors", "c": "two.safetensors"}):
+        index.write_text(json.dumps({"weight_map": wrong}))
+        with pytest.raises(CheckpointError, match="index.json and one.safetensors|and two.safetensors disagree about"):
             read_checkpoint(index)
 
 
