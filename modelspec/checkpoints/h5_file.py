@@ -9,7 +9,7 @@ import numpy as np
 from modelspec.checkpoints.checkpoint import Checkpoint, main_dtype
 from modelspec.checkpoints.errors import CheckpointError
 
-_DEEPEST = 32
+_MOST_GROUPS = 100_000
 
 
 def read_h5(path: str | Path) -> Checkpoint:
@@ -24,7 +24,7 @@ def read_h5(path: str | Path) -> Checkpoint:
     try:
         length = Path(path).stat().st_size
         with h5py.File(path, "r") as file:
-            datasets = dict(_datasets(file, "", 0))
+            datasets = dict(_datasets(file, "", set()))
             _check_places(datasets, length)
             for name, dataset in datasets.items():
                 key = ".".join(name.split("/")[2:])
@@ -55,11 +55,13 @@ def _check_places(datasets: dict, length: int) -> None:
             raise CheckpointError(f"its arrays {first} and {second} overlap")
 
 
-def _datasets(group, prefix: str, depth: int):
+def _datasets(group, prefix: str, seen: set[int]):
     import h5py
 
-    if depth > _DEEPEST:
-        raise CheckpointError(f"its groups are nested deeper than {_DEEPEST}")
+    address = h5py.h5o.get_info(group.id).addr
+    if address in seen or len(seen) > _MOST_GROUPS:
+        raise CheckpointError(f"its group {prefix or '/'} is reached in several ways, or there are too many")
+    seen.add(address)
     for name in group:
         link = group.get(name, getlink=True)
         if not isinstance(link, h5py.HardLink):
@@ -68,6 +70,6 @@ def _datasets(group, prefix: str, depth: int):
         if isinstance(entry, h5py.Dataset):
             yield f"{prefix}{name}", entry
         elif isinstance(entry, h5py.Group):
-            yield from _datasets(entry, f"{prefix}{name}/", depth + 1)
+            yield from _datasets(entry, f"{prefix}{name}/", seen)
         else:
             raise CheckpointError(f"{prefix}{name} is neither a group nor an array")

@@ -121,7 +121,7 @@ class _Machine(pickle._Unpickler):  # Python's own, in Python: the one in C lets
     def persistent_load(self, identity):
         kind, storage, key = identity[:3]
         if kind != "storage" or storage not in _STORAGES or not isinstance(key, str):
-            raise ValueError(f"it refers to {identity!r:.80}, which is no storage")
+            raise ValueError("it refers to something that is no storage")
         return _Storage(key, storage)
 
     def _reduce(self):
