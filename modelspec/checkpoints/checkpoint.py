@@ -51,13 +51,13 @@ def main_dtype(elements: dict[str, int]) -> str:
     return max(floats, key=floats.get) if floats else "float32"
 
 
-def digest(entries: Iterable[tuple[str, str, tuple[int, ...], memoryview | bytes]], metadata: dict[str, str]) -> str:
+def digest(entries: Iterable[tuple[str, str, tuple[int, ...], np.ndarray | bytes]], metadata: dict[str, str]) -> str:
     """Returns the sha256 of named tensors, as hexadecimal digits.
 
     It covers every key, dtype, shape and byte, and the metadata but for an entry `sha256`.
 
     Args:
-        entries: (key, dtype, shape, bytes), in the order of the keys.
+        entries: (key, dtype, shape, bytes), in the order of the keys; bytes may be a flat array of uint8.
         metadata: the file's text annotations.
     """
     total = hashlib.sha256()

@@ -46,7 +46,7 @@ def read_safetensors(path: str | Path) -> Checkpoint:
                     stored = tensors[key] = np.array(file.get_tensor(key))
                 elements[dtype] = elements.get(dtype, 0) + stored.size
                 if "sha256" in metadata:
-                    entries.append((key, dtype, stored.shape, stored.tobytes()))
+                    entries.append((key, dtype, stored.shape, stored.reshape(-1).view(np.uint8)))
     except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path} is no readable safetensors file: {error}") from error
     if "sha256" in metadata and digest(entries, metadata) != metadata["sha256"]:

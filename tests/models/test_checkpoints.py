@@ -54,7 +54,10 @@ def test_there_are_twenty_variants():
     assert len(VARIANTS) == 20
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+LARGE = [pytest.param(name, marks=pytest.mark.slow) if "large" in name else name for name in VARIANTS]
+
+
+@pytest.mark.parametrize("name", LARGE)
 def test_weights_survive_torch_keras_torch_bit_for_bit(name, golden, tmp_path):
     config = get_config(name)
     published = json.loads((golden("keys") / f"{get_variant(name).hub_id.split('/')[1]}.json").read_text())
