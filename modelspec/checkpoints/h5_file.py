@@ -41,13 +41,16 @@ def read_h5(path: str | Path) -> Checkpoint:
 
 def _check_places(datasets: dict, length: int) -> None:
     """Checks that arrays lie in the file as they are, side by side; packed or elsewhere they could be of any size."""
+    import h5py
+
     places = []
     for name, dataset in datasets.items():
         size = math.prod(dataset.shape) * dataset.dtype.itemsize
         begin = dataset.id.get_offset()
         if dataset.external or dataset.is_virtual or dataset.chunks or (size and begin is None):
             raise CheckpointError(f"its array {name} is not stored in one piece")
-        if dataset.dtype.kind not in "fiu" or size > length - (begin or 0):
+        is_usual = dataset.id.get_type().equal(h5py.h5t.py_create(dataset.dtype))  # not with another exponent, say
+        if dataset.dtype.kind not in "fiu" or not is_usual or size > length - (begin or 0):
             raise CheckpointError(f"its array {name} of {dataset.shape} {dataset.dtype} does not fit the file")
         places.append((begin or 0, (begin or 0) + size, name))
     for (_, end, first), (begin, _, second) in itertools.pairwise(sorted(places)):

@@ -249,6 +249,8 @@ def _read_old(path, file: BinaryIO, length: int) -> Checkpoint:
         storages[key] = file.read(elements * sizes[key])
         if len(storages[key]) != elements * sizes[key]:
             raise CheckpointError(f"it ends within its storage {key!r}")
+    if file.read(1):
+        raise CheckpointError("it goes on after its last storage")
     return _checkpoint(path, found, storages.__getitem__, length)
 
 
@@ -282,9 +284,11 @@ def _checkpoint(path, found: Any, storage: Callable[[str], bytes], length: int) 
         elif tensor.strides == _row_major(tensor.shape) or count == 1:
             array = array[tensor.offset : tensor.offset + count].reshape(tensor.shape)
         else:
+            if _overlaps(tensor.shape, tensor.strides):
+                raise CheckpointError(f"{name} repeats some of its elements, as nothing that was saved does")
             copied += count * array.itemsize
             if copied > length:
-                raise CheckpointError(f"{name} and others repeat their elements: they are larger than the file")
+                raise CheckpointError(f"{name} and others share their elements: they are larger than the file")
             strides = [stride * array.itemsize for stride in tensor.strides]
             array = np.lib.stride_tricks.as_strided(array[tensor.offset :], tensor.shape, strides).copy()
         if dtype == "bfloat16":
@@ -295,6 +299,16 @@ def _checkpoint(path, found: Any, storage: Callable[[str], bytes], length: int) 
         elements[dtype] = elements.get(dtype, 0) + count
         tensors[name] = array
     return Checkpoint(str(path), tensors, main_dtype(elements), {}, format="torch")
+
+
+def _overlaps(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether some elements have the same place."""
+    reach = 0
+    for stride, size in sorted((stride, size) for stride, size in zip(strides, shape, strict=True) if size > 1):
+        if stride <= reach:
+            return True
+        reach += (size - 1) * stride
+    return False
 
 
 def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:

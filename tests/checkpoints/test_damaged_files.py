@@ -236,7 +236,8 @@ HOSTILE = {
     "reaches beyond its storage": (tensor_program("FloatStorage", 0, (5,), (1,)), "reaches beyond its storage"),
     "starts beyond its storage": (tensor_program("FloatStorage", 9, (1,), (1,)), "reaches beyond its storage"),
     "overflows": (tensor_program("FloatStorage", 0, (2**40, 2**40), (2**40, 1)), "reaches beyond its storage"),
-    "repeats an element": (tensor_program("FloatStorage", 0, (2**40,), (0,)), "larger than the file"),
+    "repeats an element": (tensor_program("FloatStorage", 0, (2**40,), (0,)), "repeats some of its elements"),
+    "has overlapping rows": (tensor_program("FloatStorage", 0, (2, 2), (1, 1)), "repeats some of its elements"),
     "has negative sizes": (tensor_program("FloatStorage", 0, (-1,), (1,)), "offset, shape or strides"),
     "has strides too many": (tensor_program("FloatStorage", 0, (1,), (1, 1)), "1 sizes and 2 strides"),
     "has no such storage": (
