@@ -16,6 +16,8 @@ FLOAT32_GOLDEN_BOUND = 2e-5  # recorded cases of three to eight small blocks
 FLOAT16_BOUND = 3e-2  # 11 bits of mantissa: 5e-4 per operation, amplified like float32
 BFLOAT16_BOUND = 2e-1  # 8 bits of mantissa: 4e-3 per operation
 BOUNDS = {"float64": FLOAT64_BOUND, "float32": FLOAT32_BOUND, "float16": FLOAT16_BOUND, "bfloat16": BFLOAT16_BOUND}
+# one layer or one block, given right inputs: whatever comes before it adds nothing
+FORCED_BOUNDS = {**BOUNDS, "float32": 3e-5, "float16": 1e-2, "bfloat16": 1e-1}
 # the way back is as long again, and sums over all positions: torch's own float32 is up to 2e-4 off
 GRADIENT_BOUNDS = {"float64": FLOAT64_BOUND, "float32": 1e-3}
 OPERATOR_BOUNDS = {"float64": 1e-12, "float32": 5e-6}  # neighborhood attention alone, of its rms
@@ -25,6 +27,13 @@ OPERATOR_BOUNDS = {"float64": 1e-12, "float32": 5e-6}  # neighborhood attention 
 FLOAT32_RATIO_BOUND = 4.0
 FLOAT32_RATIO_MIN_SIZE = 256
 FLOAT32_RATIO_MIN_ERROR = 1e-6
+
+# What differs: numbers beyond the bound, float32 of one half much less exact than the other's, numbers that are none,
+# shapes, dtypes, an array that one side lacks, or a difference that rounding does not explain.
+FAILURES = ("value", "balance", "not finite", "shape", "dtype", "missing", "rounding")
+
+# A difference of so many rounding floors is explained by rounding; a floor is the worst of a few draws, not a bound.
+EXPLAINED_FACTOR = 3.0
 
 # An array whose own rms is below this part of the rms over all arrays of its kind is measured against that part.
 SCALE_FLOOR = 1e-3
@@ -41,6 +50,10 @@ class Agreement:
         tolerance: the bound on `max_rel`.
         passed: whether `max_rel <= tolerance`; never with a NaN, an infinity or another shape.
         reason: why it failed when that is not a matter of size, else "".
+        failure: the kind of failure, one of `FAILURES`; "" if it passed.
+        mean_abs: mean |actual - reference|.
+        top1, top5: of logits, the part of the samples with the same first class, and with the same five first.
+        floor: what rounding does to the array (see `parity.rounding`), as `max_rel`; None if it was not measured.
     """
 
     max_abs: float
@@ -49,6 +62,18 @@ class Agreement:
     tolerance: float
     passed: bool
     reason: str = ""
+    failure: str = ""
+    mean_abs: float = math.nan
+    top1: float | None = None
+    top5: float | None = None
+    floor: float | None = None
+
+    @property
+    def factor(self) -> float | None:
+        """How many times the rounding floor the difference is; None if the floor was not measured."""
+        if self.floor is None or self.max_rel == 0.0:
+            return None if self.floor is None else 0.0
+        return self.max_rel / self.floor if self.floor > 0.0 else math.inf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +89,7 @@ class Result:
     def to_dict(self) -> dict:
         """Returns the row as plain values, for JSON; what is not a number becomes None."""
         row = {"model": self.model, "level": self.level, "name": self.name, "dtype": self.dtype}
-        for field, value in dataclasses.asdict(self.agreement).items():
+        for field, value in {**dataclasses.asdict(self.agreement), "factor": self.agreement.factor}.items():
             row[field] = None if isinstance(value, float) and not math.isfinite(value) else value
         return row
 
@@ -90,18 +115,37 @@ def compare(actual: np.ndarray, reference: np.ndarray, scale: float, tolerance: 
     """
     actual, reference = np.asarray(actual), np.asarray(reference)
     if actual.shape != reference.shape:
-        return _failed(tolerance, f"shape {actual.shape} against {reference.shape}")
+        return failed(tolerance, "shape", f"shape {actual.shape} against {reference.shape}")
     if actual.size == 0:
-        return _failed(tolerance, "empty: nothing was compared")
-    actual, reference = actual.astype(np.float64), reference.astype(np.float64)
-    if not (np.isfinite(actual).all() and np.isfinite(reference).all()):
-        return _failed(tolerance, "not finite")
-    max_abs = float(np.abs(actual - reference).max())
+        return failed(tolerance, "missing", "empty: nothing was compared")
+    actual, reference = actual.astype(np.float64, copy=False), reference.astype(np.float64, copy=False)
+    with np.errstate(invalid="ignore"):  # infinity minus infinity
+        difference = np.abs(actual - reference)
+    max_abs = float(difference.max())  # NaN or infinity where an array has any
+    if not math.isfinite(max_abs):
+        counts = [np.size(array) - np.count_nonzero(np.isfinite(array)) for array in (actual, reference)]
+        reason = f"not finite: {counts[0]} of {actual.size} numbers, {counts[1]} of the reference's"
+        return failed(tolerance, "not finite", reason)
     if max_abs == 0.0:
         max_rel = 0.0
     else:
         max_rel = max_abs / scale if scale > 0 else math.inf
-    return Agreement(max_abs, max_rel, _cosine(actual, reference), tolerance, max_rel <= tolerance)
+    passed = max_rel <= tolerance
+    return Agreement(
+        max_abs,
+        max_rel,
+        _cosine(actual, reference),
+        tolerance,
+        passed,
+        failure="" if passed else "value",
+        mean_abs=float(difference.mean()),
+    )
+
+
+def top_k_agreement(actual: np.ndarray, reference: np.ndarray, k: int) -> float:
+    """Returns the part of the samples whose `k` largest logits (B, classes) are of the same classes, in any order."""
+    chosen = [np.sort(np.argsort(-np.asarray(logits), axis=-1, kind="stable")[:, :k]) for logits in (actual, reference)]
+    return float((chosen[0] == chosen[1]).all(axis=-1).mean())
 
 
 def compare_all(
@@ -114,7 +158,7 @@ def compare_all(
         if name in actual and name in reference:
             agreements[name] = compare(actual[name], reference[name], scale[name], tolerance)
         else:
-            agreements[name] = _failed(tolerance, "only one side has it")
+            agreements[name] = failed(tolerance, "missing", "only one side has it")
     return agreements
 
 
@@ -126,16 +170,25 @@ def balanced(first: Agreement, second: Agreement, size: int) -> bool:
     return larger <= FLOAT32_RATIO_BOUND * smaller
 
 
-def _failed(tolerance: float, reason: str) -> Agreement:
-    return Agreement(math.nan, math.nan, math.nan, tolerance, False, reason)
+def failed(tolerance: float, failure: str, reason: str) -> Agreement:
+    """Returns the outcome of a comparison that could not be made.
+
+    Args:
+        tolerance: the bound that there would have been.
+        failure: its kind, one of `FAILURES`.
+        reason: in words.
+    """
+    return Agreement(math.nan, math.nan, math.nan, tolerance, False, reason, failure)
 
 
 def _sum_of_squares(array: np.ndarray) -> float:
-    return float(np.square(np.asarray(array, dtype=np.float64)).sum())
+    flat = np.asarray(array, dtype=np.float64).ravel()
+    return float(np.dot(flat, flat))  # without a copy, unlike the sum of squares
 
 
 def _cosine(actual: np.ndarray, reference: np.ndarray) -> float:
-    norms = math.sqrt(_sum_of_squares(actual) * _sum_of_squares(reference))
+    squares = _sum_of_squares(actual), _sum_of_squares(reference)
+    norms = math.sqrt(squares[0]) * math.sqrt(squares[1])
     if norms == 0.0:
-        return 1.0 if _sum_of_squares(actual) == _sum_of_squares(reference) else 0.0
+        return 1.0 if squares[0] == squares[1] else 0.0
     return float(min(1.0, max(-1.0, np.vdot(actual, reference) / norms)))

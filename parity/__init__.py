@@ -8,7 +8,10 @@
 `python -m parity --help` shows the command line.
 """
 
-from parity.checking import DTYPES, LEVELS, ComparisonError, check
-from parity.report import Comparison, ModelReport, Report
+from parity.checking import DTYPES, check
+from parity.errors import ComparisonError
+from parity.levels import LEVELS
+from parity.pairs import Comparison, compare
+from parity.report import ModelReport, Report, Row
 
-__all__ = ["DTYPES", "LEVELS", "Comparison", "ComparisonError", "ModelReport", "Report", "check"]
+__all__ = ["DTYPES", "LEVELS", "Comparison", "ComparisonError", "ModelReport", "Report", "Row", "check", "compare"]

@@ -7,7 +7,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from parity.checking import DEFAULT_LEVELS, DTYPES, LEVELS, ComparisonError, check
+from parity.checking import DEFAULT_LEVELS, DTYPES, check
+from parity.errors import ComparisonError
+from parity.levels import LEVELS
 
 PASSED, DIVERGED, NOT_COMPARED = 0, 1, 2
 
@@ -83,6 +85,7 @@ def _check(arguments: argparse.Namespace) -> int:
             image=arguments.image,
             size=arguments.size,
             seed=arguments.seed,
+            calibrate=arguments.calibrate,
             on_step=on_step,
             on_model=on_model,
         )
@@ -150,6 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--image", metavar="FILE", help="the photograph; default scikit-image's cat")
     check.add_argument("--size", metavar="HxW", type=_size, help="feed this size instead of the model's")
     check.add_argument("--seed", metavar="N", type=_seed, default=0, help="of random weights; default 0")
+    check.add_argument("--calibrate", action="store_true", help="measure rounding, and fail what it does not explain")
     check.add_argument("--json", metavar="FILE", type=Path, help="write the report to this file")
     check.add_argument("-v", "--verbose", action="store_true", help="a row for every array")
     return parser

@@ -1,8 +1,11 @@
-"""What a report was made on: versions, machine, threads."""
+"""What a report is made on: versions, machine, threads; and how it computes."""
 
+import contextlib
 import datetime
 import os
 import platform
+import sys
+from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
@@ -35,3 +38,24 @@ def describe_environment() -> dict[str, Any]:
             "tensorflow": tf.config.threading.get_intra_op_parallelism_threads(),
         },
     }
+
+
+@contextlib.contextmanager
+def exact_arithmetic() -> Iterator[None]:
+    """Keeps the frameworks that are imported from computing float32 products in TF32, where a GPU would."""
+    torch, tf = sys.modules.get("torch"), sys.modules.get("tensorflow")
+    kept = []
+    if torch is not None:
+        kept = [(place, place.allow_tf32) for place in (torch.backends.cuda.matmul, torch.backends.cudnn)]
+    in_tensorflow = tf is not None and tf.config.experimental.tensor_float_32_execution_enabled()
+    try:
+        for place, _ in kept:
+            place.allow_tf32 = False
+        if in_tensorflow:
+            tf.config.experimental.enable_tensor_float_32_execution(False)
+        yield
+    finally:
+        for place, value in kept:
+            place.allow_tf32 = value
+        if in_tensorflow:
+            tf.config.experimental.enable_tensor_float_32_execution(True)

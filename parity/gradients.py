@@ -9,7 +9,6 @@ Args:
 The models are in evaluation mode: statistics and dropout are matters of `parity.training`.
 """
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ import numpy as np
 from modelspec.agreement import GRADIENT_BOUNDS, Agreement, compare_all
 from modelspec.configs import ModelConfig
 from modelspec.zero_gradients import has_zero_gradient
+from parity import halves
 from parity.halves import Arrays
 
 # A gradient that is zero by construction may be so much of the largest one: rounding noise.
@@ -30,9 +30,7 @@ def torch_gradients(
     """Returns the gradients of the PyTorch half; see the module."""
     import torch
 
-    from ptmodels.auto import model_class
-
-    model = model_class(config.model_type).from_weights(copy.deepcopy(config), weights, dtype=dtype).eval()
+    model = halves.BUILD["torch"](config, weights, dtype)
     images = torch.from_numpy(pixel_values).to(model.dtype).requires_grad_()
     tensors = {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in options.items()}
     model(pixel_values=images, **tensors).loss.backward()
@@ -47,11 +45,10 @@ def keras_gradients(
     import keras
     import tensorflow as tf
 
-    from tfmodels.auto import model_class
     from tfmodels.weights import checkpoint_variables
 
+    model = halves.BUILD["keras"](config, weights, dtype)
     with keras.device("cpu:0"):
-        model = model_class(config.model_type).from_weights(copy.deepcopy(config), weights, dtype=dtype)
         entries = {key: entry for key, entry in checkpoint_variables(model).items() if entry.variable.trainable}
         images = tf.constant(pixel_values.astype(dtype))
         with tf.GradientTape() as tape:
@@ -89,5 +86,7 @@ def compare_gradients(
         size = float(max(np.abs(actual[key]).max(), np.abs(reference[key]).max()))
         passed = bool(size <= ZERO_BOUNDS[dtype] * largest)
         reason = "" if passed else "it is zero by construction, but computed otherwise"
-        agreements[key] = Agreement(size, size / largest, 1.0, ZERO_BOUNDS[dtype], passed, reason)
+        agreements[key] = Agreement(
+            size, size / largest, 1.0, ZERO_BOUNDS[dtype], passed, reason, "" if passed else "value"
+        )
     return agreements

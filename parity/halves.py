@@ -1,32 +1,29 @@
-"""Running one half: config, weights and pixels in, named NumPy arrays out. Both functions have one signature.
+"""Making a model of either half from the same config and weights, and calling it.
 
-    run(config, weights, pixel_values, dtype, calls) -> [{name: array}, ...]
+    build(config, weights, dtype) -> model
+    tap(half, config, weights, dtype, pixel_values) -> Tap
 
 Args:
     config: of a classifier; it is copied, since a call with labels writes into it.
     weights: checkpoint key -> array, complete.
-    pixel_values: (B, C, H, W) float32.
     dtype: `"float64"` or `"float32"`, of weights and computing.
-    calls: the keyword arguments of each forward pass, e.g. `{"output_hidden_states": True}`; arrays in NumPy.
+    pixel_values: (B, C, H, W) float32.
 
-Returns:
-    For each call the arrays by name: `logits`, `loss`, `hidden_states.0`, `attentions.0`, ... in `dtype`.
-
-Everything runs on the CPU and in evaluation mode, and the model is gone when the function returns.
+Everything runs on the CPU and in evaluation mode.
 """
 
 import copy
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from modelspec.configs import ModelConfig
 from parity.quiet_import import import_tensorflow
+from parity.taps import KerasTap, Tap, TorchTap
 
 Arrays = dict[str, np.ndarray]
-Run = Callable[[ModelConfig, Arrays, np.ndarray, str, Sequence[Mapping[str, Any]]], list[Arrays]]
 
 
 def import_frameworks() -> None:
@@ -46,60 +43,59 @@ def import_frameworks() -> None:
         raise ImportError(f"the {half} half needs {error.name}: pip install 'twinzoo[{extra}]'") from error
 
 
-def run_torch(
-    config: ModelConfig,
-    weights: Arrays,
-    pixel_values: np.ndarray,
-    dtype: str,
-    calls: Sequence[Mapping[str, Any]],
-) -> list[Arrays]:
-    """Runs the PyTorch half; see the module."""
-    import torch
-
+def build_torch(config: ModelConfig, weights: Arrays, dtype: str) -> Any:
+    """Makes the PyTorch model, in evaluation mode."""
     from ptmodels.auto import model_class
 
-    model = model_class(config.model_type).from_weights(copy.deepcopy(config), weights, dtype=dtype).eval()
-    images = torch.from_numpy(pixel_values)
-    results = []
-    with torch.no_grad():
-        for call in calls:
-            options = {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in call.items()}
-            results.append(_by_name(model(pixel_values=images, **options), lambda tensor: tensor.numpy()))
-    return results
+    return model_class(config.model_type).from_weights(copy.deepcopy(config), weights, dtype=dtype).eval()
 
 
-def run_keras(
-    config: ModelConfig,
-    weights: Arrays,
-    pixel_values: np.ndarray,
-    dtype: str,
-    calls: Sequence[Mapping[str, Any]],
-) -> list[Arrays]:
-    """Runs the Keras half; see the module."""
+def build_keras(config: ModelConfig, weights: Arrays, dtype: str) -> Any:
+    """Makes the Keras model."""
     import keras
 
     from tfmodels.auto import model_class
 
     with keras.device("cpu:0"):
-        model = model_class(config.model_type).from_weights(copy.deepcopy(config), weights, dtype=dtype)
-        results = [
-            _by_name(model(pixel_values=pixel_values, training=False, **call), keras.ops.convert_to_numpy)
-            for call in calls
-        ]
-    del model
+        return model_class(config.model_type).from_weights(copy.deepcopy(config), weights, dtype=dtype)
+
+
+BUILD: dict[str, Callable[[ModelConfig, Arrays, str], Any]] = {"torch": build_torch, "keras": build_keras}
+
+
+def tap(half: str, config: ModelConfig, weights: Arrays, dtype: str, pixel_values: np.ndarray) -> Tap:
+    """Returns a model that runs on the images when its tap does; `tap.run` takes options of the forward pass."""
+    model = BUILD[half](config, weights, dtype)
+    return tap_torch(model, pixel_values) if half == "torch" else tap_keras(model, pixel_values)
+
+
+def tap_torch(model: Any, pixel_values: np.ndarray) -> TorchTap:
+    """Taps a model of the PyTorch half."""
+    import torch
+
+    images = torch.from_numpy(pixel_values)
+
+    def run(**options):
+        options = {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in options.items()}
+        return model(pixel_values=images, **options)
+
+    return TorchTap(model, run)
+
+
+def tap_keras(model: Any, pixel_values: np.ndarray) -> KerasTap:
+    """Taps a model of the Keras half."""
+    import keras
+
+    def run(**options):
+        with keras.device("cpu:0"):
+            return model(pixel_values=pixel_values, training=False, **options)
+
+    return KerasTap(model, run)
+
+
+def forget_models() -> None:
+    """Frees what Keras keeps of models that are no longer used."""
+    import keras
+
     keras.backend.clear_session()
     gc.collect()
-    return results
-
-
-HALVES: dict[str, Run] = {"torch": run_torch, "keras": run_keras}
-
-
-def _by_name(output: Mapping[str, Any], to_numpy: Callable[[Any], np.ndarray]) -> Arrays:
-    arrays = {}
-    for name, value in output.items():
-        if isinstance(value, tuple):
-            arrays.update({f"{name}.{index}": to_numpy(entry) for index, entry in enumerate(value)})
-        else:
-            arrays[name] = to_numpy(value)
-    return arrays

@@ -1,17 +1,19 @@
 """Showing a report: tables for people, JSON for programs. Text is ASCII, so that any terminal and any file takes it."""
 
 import json
+import math
 import os
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from rich.tree import Tree
 
 from modelspec.atomic_file import write_text
-from parity.report import Comparison, ModelReport, Report
+from parity.report import ModelReport, Report, Row
 
 _NARROW = 96  # columns; below it the table's columns stand closer
 
@@ -33,12 +35,16 @@ def print_model(console: Console, report: ModelReport, *, every_array: bool = Fa
     heading = Text.assemble((report.model, "bold"), f"  {report.extent}, {_millions(report.parameters)} parameters")
     console.print(heading)
     for label, text in (("Image", report.image), ("Weights", report.weights), *(("Note", n) for n in report.notes)):
-        _print_labelled(console, label, text)
+        if text:
+            _print_labelled(console, label, text)
     console.print()
     console.print(_table(report, every_array, console.width))
     for result in report.results:
-        if result.agreement.reason:
+        if result.agreement.reason and result.mode is None:
             console.print(Text(f"{result.name} {result.dtype} {result.half}: {result.agreement.reason}", "red"))
+    layers_failed = any(row.mode is not None and not row.agreement.passed for row in report.results)
+    if layers_failed or (every_array and any(row.mode is not None for row in report.results)):
+        console.print(block_tree(report, every_array=every_array))
     console.print()
 
 
@@ -50,10 +56,9 @@ def print_summary(console: Console, report: Report) -> None:
     for reason, names in by_reason.items():
         _print_labelled(console, "Skipped", f"{', '.join(names)}: {reason}")
     for model in report.models:
-        first = model.first_divergence
-        if first is not None:
-            text = f"{model.model} first diverges at {first.name} ({first.dtype}, {first.half})"
-            console.print(Text(text, "bold red"))
+        sentence = model.explain_divergence()
+        if sentence is not None:
+            console.print(Text(sentence, "bold red"), soft_wrap=True)
     count, failed = len(report.results), sum(not result.agreement.passed for result in report.results)
     of = f"{count} comparisons of {len(report.models)} model{'s' if len(report.models) > 1 else ''}"
     outcome = (f"{failed} of {of} FAILED", "bold red") if failed else (f"All {of} passed", "bold green")
@@ -61,6 +66,63 @@ def print_summary(console: Console, report: Report) -> None:
     worst = Text(f"Worst max_rel: {', '.join(_worst(report))}.")
     separator = " " if len(verdict) + len(worst) < console.width else "\n"
     console.print(Text(separator).join([verdict, worst]))
+
+
+def block_tree(report: ModelReport, *, every_array: bool = False) -> Tree:
+    """Returns the blocks in the order of computing, each with what it does by itself and what reaches it.
+
+    A block that differs by itself is unfolded into its parts. Colours go from green, far below the bound, to red.
+
+    Args:
+        report: of a model whose layers were compared.
+        every_array: unfold all blocks.
+    """
+    rows = [row for row in report.results if row.mode is not None]
+    tree = Tree(
+        Text("blocks: max_rel given right inputs (forced) / from the image on (free)", "dim"), guide_style="dim"
+    )
+    for dtype, half in dict.fromkeys((row.dtype, row.half) for row in rows):
+        of_run = sorted((row for row in rows if (row.dtype, row.half) == (dtype, half)), key=lambda row: row.order)
+        if not every_array and all(row.agreement.passed for row in of_run):
+            continue
+        branch = tree.add(Text(f"{dtype} {half}", "bold"))
+        for block in dict.fromkeys(row.block for row in of_run):
+            of_block = [row for row in of_run if row.block == block]
+            whole = [row for row in of_block if row.layer == block]
+            parts = [row for row in of_block if row.mode == "forced" and row.is_sub_layer]
+            failed = [row for row in parts if not row.agreement.passed]
+            if not whole and not failed and not every_array:
+                continue  # a container whose own code is right
+            leaf = branch.add(_block_line(block, whole, of_block))
+            for row in parts if every_array else failed:
+                leaf.add(_block_line(row.layer.removeprefix(f"{block}.").removeprefix(block).strip(), [row], [row]))
+            if failed and not every_array and len(parts) > len(failed):
+                leaf.add(Text(f"{len(parts) - len(failed)} other parts agree", "dim"))
+    return tree
+
+
+def _block_line(name: str, rows: list[Row], parts: list[Row]) -> Text:
+    line = Text(name)
+    for row in sorted(rows, key=lambda row: row.mode != "forced"):
+        line.append("  " if row.mode == "forced" or len(rows) == 1 else " / ")
+        line.append(_number(row.agreement.max_rel), _heat(row))
+    failed = [row for row in parts if not row.agreement.passed and row.mode == "forced"]
+    if failed:
+        reason = next((row.agreement.reason for row in rows if row.agreement.reason), "")
+        line.append(f"  FAIL{f': {reason}' if reason else ''}", "bold red")
+    elif any(not row.agreement.passed for row in rows):
+        line.append("  follows", "yellow")
+    return line
+
+
+def _heat(row: Row) -> str:
+    """The colour of a difference: by the decades between it and its bound."""
+    if not row.agreement.passed:
+        return "red"
+    if row.agreement.max_rel == 0:
+        return "green"
+    decades = math.log10(row.agreement.tolerance / row.agreement.max_rel)
+    return "green" if decades > 2 else "green_yellow" if decades > 1 else "yellow" if decades > 0.3 else "dark_orange"
 
 
 def write_json(path: str | os.PathLike, report: Report) -> None:
@@ -79,9 +141,13 @@ def _worst(report: Report) -> Iterator[str]:
     for dtype in ("float64", "float32"):
         values = [result.agreement.max_rel for result in report.results if result.dtype == dtype]
         if values:
-            # a NaN is the worst there is, and would get lost in max()
-            worst = next((value for value in values if value != value), max(values))
-            yield f"{_number(worst)} in {dtype}"
+            yield f"{_number(_worst_of(values))} in {dtype}"
+
+
+def _worst_of(values: Iterable[float]) -> float:
+    """The largest value; NaN if there is one, which would get lost in max()."""
+    values = list(values)
+    return next((value for value in values if value != value), max(values))
 
 
 def _table(report: ModelReport, every_array: bool, columns: int) -> Table:
@@ -104,9 +170,9 @@ def _table(report: ModelReport, every_array: bool, columns: int) -> Table:
                 Text(_shortened(name, width), "" if passed else "red"),
                 dtype,
                 half,
-                _number(max(agreement.max_abs for agreement in agreements)),
-                _number(max(agreement.max_rel for agreement in agreements)),
-                f"{min(agreement.cosine for agreement in agreements):.6f}",
+                _number(_worst_of(agreement.max_abs for agreement in agreements)),
+                _number(_worst_of(agreement.max_rel for agreement in agreements)),
+                f"{-_worst_of(-agreement.cosine for agreement in agreements):.6f}",
                 f"{agreements[0].tolerance:.0e}",
                 Text("pass", "green") if passed else Text("FAIL", "bold red"),
             )
@@ -114,13 +180,20 @@ def _table(report: ModelReport, every_array: bool, columns: int) -> Table:
     return table
 
 
-def _groups(rows: list[Comparison], every_array: bool) -> Iterator[tuple[str, list[Comparison]]]:
+def _groups(rows: list[Row], every_array: bool) -> Iterator[tuple[str, list[Row]]]:
     """Yields (name, rows): several arrays of one kind share a row of the table if all of them passed.
 
-    Of parameters, of which there are hundreds, those that passed share one even if others failed.
+    Of parameters, of which there are hundreds, those that passed share one even if others failed. Layers that failed
+    have one for each way of comparing: a tree shows them.
     """
     for kind in dict.fromkeys(row.kind for row in rows):
         of_kind = [row for row in rows if row.kind == kind]
+        if of_kind[0].mode is not None:
+            for verdict in (True, False):
+                group = [row for row in of_kind if row.agreement.passed == verdict]
+                if group:
+                    yield f"{kind} ({len(group)} layer{'s' if len(group) > 1 else ''})", group
+            continue
         numbered = any(row.index for row in of_kind)
         passed = [row for row in of_kind if row.agreement.passed]
         shared = [] if every_array or (numbered and len(passed) < len(of_kind)) else passed

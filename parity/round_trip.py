@@ -4,9 +4,7 @@ import copy
 import tempfile
 from pathlib import Path
 
-import numpy as np
-
-from modelspec.agreement import Agreement, compare
+from modelspec.agreement import Agreement, compare, failed
 from modelspec.configs import ModelConfig
 from parity.halves import Arrays
 
@@ -38,10 +36,10 @@ def compare_bits(actual: Arrays, weights: Arrays) -> dict[str, Agreement]:
     agreements = {}
     for key in [*weights, *(key for key in actual if key not in weights)]:
         if key not in actual or key not in weights:
-            agreements[key] = Agreement(np.nan, np.nan, np.nan, 0.0, False, "only one side has it")
+            agreements[key] = failed(0.0, "missing", "only one side has it")
         elif actual[key].dtype != weights[key].dtype:
             reason = f"dtype {actual[key].dtype} against {weights[key].dtype}"
-            agreements[key] = Agreement(np.nan, np.nan, np.nan, 0.0, False, reason)
+            agreements[key] = failed(0.0, "dtype", reason)
         else:
             agreements[key] = compare(actual[key], weights[key], 1.0, 0.0)
     return agreements

@@ -7,7 +7,6 @@ before the correction of the bias, torch after it, so torch gets an epsilon of i
 """
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 
 from modelspec.agreement import FLOAT64_BOUND, Agreement, compare_all
 from modelspec.configs import ModelConfig
+from parity import halves
 from parity.gradients import compare_gradients
 from parity.halves import Arrays
 
@@ -48,10 +48,9 @@ def torch_steps(
     """Yields, after each step, `loss`, `parameters` (and buffers), `first_moments` and `second_moments`, by key."""
     import torch
 
-    from ptmodels.auto import model_class
     from ptmodels.layers import DropPath
 
-    model = model_class(config.model_type).from_weights(copy.deepcopy(config), weights, dtype="float64").train()
+    model = halves.BUILD["torch"](config, weights, "float64").train()
     names = dict(model.named_parameters())
     if optimizer == "sgd":
         steps = torch.optim.SGD(names.values(), LEARNING_RATE, momentum=MOMENTUM)
@@ -94,7 +93,6 @@ def keras_steps(
     import keras
     import tensorflow as tf
 
-    from tfmodels.auto import model_class
     from tfmodels.layers import DropPath
     from tfmodels.weights import checkpoint_variables, read_weights
 
@@ -104,7 +102,7 @@ def keras_steps(
         return tf.constant(next(masks)(self.rate, len(x.shape)))
 
     with _float64_keras(), _patched(DropPath, draw_mask), keras.device("cpu:0"):
-        model = model_class(config.model_type).from_weights(copy.deepcopy(config), weights, dtype="float64")
+        model = halves.BUILD["keras"](config, weights, "float64")
         entries = {key: entry for key, entry in checkpoint_variables(model).items() if entry.variable.trainable}
         variables = [entry.variable for entry in entries.values()]
         if optimizer == "sgd":

@@ -45,6 +45,13 @@ def missing_halves(model_type: str) -> list[str]:
     return missing
 
 
+def smallest_of_families(names: list[str]) -> list[str]:
+    """Returns, of each family among the variants, the one with the fewest parameters."""
+    variants = [get_variant(name) for name in names]
+    families = dict.fromkeys(variant.model_type for variant in variants)
+    return [min((v for v in variants if v.model_type == f), key=lambda v: v.parameters).name for f in families]
+
+
 def split_by_family(names: list[str]) -> tuple[list[str], dict[str, str]]:
     """Returns the variants that both halves have, and the others with the reason."""
     missing = {model_type: missing_halves(model_type) for model_type in {get_variant(n).model_type for n in names}}

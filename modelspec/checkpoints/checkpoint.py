@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -67,3 +67,9 @@ def digest(entries: Iterable[tuple[str, str, tuple[int, ...], np.ndarray | bytes
         total.update(json.dumps([key, dtype, list(shape)]).encode())
         total.update(data)
     return total.hexdigest()
+
+
+def digest_arrays(tensors: Mapping[str, np.ndarray]) -> str:
+    """Returns the sha256 of named arrays, whatever order they come in; see `digest`."""
+    arrays = ((key, np.ascontiguousarray(tensors[key])) for key in sorted(tensors))
+    return digest(((key, str(array.dtype), array.shape, array.tobytes()) for key, array in arrays), {})

@@ -35,8 +35,8 @@ def test_both_exactly_zero_passes_and_anything_against_zero_fails():
 @pytest.mark.parametrize(
     ("actual", "reason"),
     [
-        (np.array([1.0, np.nan]), "not finite"),
-        (np.array([1.0, np.inf]), "not finite"),
+        (np.array([1.0, np.nan]), "not finite: 1 of 2 numbers, 0 of the reference's"),
+        (np.array([np.inf, -np.inf]), "not finite: 2 of 2 numbers, 0 of the reference's"),
         (np.ones((2, 1)), "shape (2, 1) against (2,)"),
         (np.ones(3), "shape (3,) against (2,)"),
     ],
@@ -44,6 +44,7 @@ def test_both_exactly_zero_passes_and_anything_against_zero_fails():
 def test_what_cannot_be_compared_fails_with_a_reason(actual, reason):
     agreement = compare(actual, np.ones(2), scale=1.0, tolerance=1e9)
     assert not agreement.passed and agreement.reason == reason
+    assert agreement.failure == reason.partition(" (")[0].partition(":")[0]
 
 
 def test_nan_on_both_sides_and_nothing_at_all_fail():

@@ -5,7 +5,7 @@ import pytest
 from modelspec import get_config, list_models
 from modelspec.agreement import Agreement
 from modelspec.checkpoints import parameter_shapes
-from parity import Comparison, ModelReport
+from parity import ModelReport, Row
 from parity.variants import extent, reduced
 
 
@@ -29,8 +29,8 @@ def test_reduced_dilations_are_those_of_the_first_two_blocks():
     assert reduced(get_config("dinat-mini")).dilations == [[1, 8], [1, 4], [1, 2], [1, 1]]
 
 
-def failed(name: str, dtype: str) -> Comparison:
-    return Comparison("m", "layers", name, dtype, Agreement(1.0, 1.0, 0.0, 1e-10, False), "keras")
+def failed(name: str, dtype: str) -> Row:
+    return Row("m", "layers", name, dtype, Agreement(1.0, 1.0, 0.0, 1e-10, False), "keras")
 
 
 def test_the_first_divergence_is_the_earliest_hidden_state_in_float64():

@@ -1,0 +1,143 @@
+"""What is compared at each level, as rows of a report."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from modelspec.configs import ModelConfig
+from parity import gradients, operator, round_trip, training
+from parity.layers import Arrays, Run
+from parity.photograph import Photograph
+from parity.report import Row
+from parity.subjects import Subject
+
+LEVELS = ("outputs", "layers", "gradients", "training", "weights", "op")
+FORWARD_KINDS = ("logits", "loss", "hidden_states", "attentions")
+
+# Attention over n tokens is n x n numbers per head and layer: 12 heads over 3137 tokens are 900 MB in float64.
+MAX_ATTENTION_TOKENS = 600
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One model to compare, ready to run.
+
+    Attributes:
+        subject: the model.
+        weights: checkpoint key -> array.
+        images: (1, C, H, W) float32.
+        photograph: what they were made of.
+        runs: the (half, dtype) pairs to run, the reference first.
+        seed: of what is drawn.
+    """
+
+    subject: Subject
+    weights: Arrays
+    images: np.ndarray
+    photograph: Photograph
+    runs: tuple[Run, ...]
+    seed: int
+
+    @property
+    def dtypes(self) -> list[str]:
+        """The dtypes that are compared."""
+        return list(dict.fromkeys(dtype for _, dtype in self.runs[1:]))
+
+
+Rows = tuple[list[Row], list[str]]  # and notes on what was left out
+
+
+def forward_calls(
+    config: ModelConfig, image_size: tuple[int, int], resized: bool, levels: Sequence[str]
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any] | None, list[str]]:
+    """Returns the options of each level's forward pass, those of the pass that layers are looked at in, and notes.
+
+    The levels have a pass each, since asking for attention probabilities makes a model compute them another way.
+    """
+    common, notes, attentions = {}, [], {}
+    if config.model_type == "vit_msn":
+        if resized or tuple(image_size) != (config.image_size, config.image_size):
+            common["interpolate_pos_encoding"] = True
+            notes.append(f"Positions are interpolated: the model was made for {config.image_size}x{config.image_size}.")
+        tokens = 1 + (image_size[0] // config.patch_size) * (image_size[1] // config.patch_size)
+        if tokens <= MAX_ATTENTION_TOKENS:
+            attentions = {"output_attentions": True}
+        elif "layers" in levels:
+            notes.append(f"Attentions are left out: with {tokens} tokens they are too large.")
+    elif config.model_type in ("nat", "dinat"):
+        attentions = {"output_attentions": True}
+    calls = {}
+    if "outputs" in levels:
+        calls["outputs"] = dict(common)
+        if config.num_labels > 1 and config.problem_type in (None, "single_label_classification"):
+            calls["outputs"]["labels"] = np.zeros(1, np.int64)
+    if "layers" in levels:
+        calls["layers"] = {**common, **attentions, "output_hidden_states": True}
+    return calls, common if "layers" in levels else None, notes
+
+
+def _positions(config: ModelConfig, image_size: tuple[int, int]) -> dict[str, bool]:
+    """Returns the option that lets a ViT-MSN take images of another size than it was made for."""
+    other = config.model_type == "vit_msn" and tuple(image_size) != (config.image_size, config.image_size)
+    return {"interpolate_pos_encoding": True} if other else {}
+
+
+def _gradients(task: Task) -> Rows:
+    config = task.subject.config
+    options = _positions(config, task.images.shape[2:]) | {"labels": np.zeros(1, np.int64)}
+    found = {
+        (half, dtype): gradients.GRADIENTS[half](config, task.weights, task.images, dtype, options)
+        for half, dtype in task.runs
+    }
+    reference = found.pop(task.runs[0])
+    return [
+        Row(task.subject.name, "gradients", f"gradients.{key}", dtype, agreement, half)
+        for (half, dtype), actual in found.items()
+        for key, agreement in gradients.compare_gradients(config, actual, reference, dtype).items()
+    ], []
+
+
+def _training(task: Task) -> Rows:
+    if ("keras", "float64") not in task.runs:
+        return [], ["Training is compared in float64 only."]
+    images, labels = training.training_batch(task.images)
+    config = training.without_dropout(task.subject.config)
+    options = _positions(config, images.shape[2:])
+    rows = []
+    for optimizer in training.OPTIMIZERS:
+        steps = training.compare_steps(config, task.weights, images, labels, optimizer, options)
+        for kind, agreements in steps.items():
+            rows += [
+                Row(task.subject.name, "training", f"{optimizer}-{kind}.{key}", "float64", agreement, "keras")
+                for key, agreement in agreements.items()
+            ]
+    return rows, []
+
+
+def _weights(task: Task) -> Rows:
+    return [
+        Row(task.subject.name, "weights", f"weights.{key}", "float32", agreement, half)
+        for half, actual in round_trip.round_trip(task.subject.config, task.weights).items()
+        for key, agreement in round_trip.compare_bits(actual, task.weights).items()
+    ], []
+
+
+def _operator(task: Task) -> Rows:
+    config, size = task.subject.config, task.images.shape[2:]
+    if config.model_type not in ("nat", "dinat"):
+        return [], []
+    return [
+        Row(task.subject.name, "op", f"{implementation}.{name}", dtype, agreement, half)
+        for dtype in task.dtypes
+        for half, implementation, name, agreement in operator.compare_operator(config, size, dtype, task.seed)
+    ], []
+
+
+FURTHER_LEVELS: dict[str, Callable[[Task], Rows]] = {
+    "gradients": _gradients,
+    "training": _training,
+    "weights": _weights,
+    "op": _operator,
+}
