@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as leaving:
         return int(leaving.code or 0)
     try:
-        return _check(arguments)
+        return arguments.run(arguments)
     except KeyboardInterrupt:
         return _fail("interrupted")
     except SystemExit:  # rich gives up so when standard output is closed, as by `| head`
@@ -95,6 +95,26 @@ def _check(arguments: argparse.Namespace) -> int:
     return PASSED if report.passed else DIVERGED
 
 
+def _explain(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from parity.explaining import explain
+    from parity.reporting import print_explanations
+
+    with _progress() as (on_step, _):
+        on_step(0, 1, "comparing, then trying known culprits")
+        found = explain(
+            arguments.model,
+            checkpoint=arguments.checkpoint,
+            reduced=arguments.reduced,
+            image=arguments.image,
+            size=arguments.size,
+            seed=arguments.seed,
+        )
+    print_explanations(Console(highlight=False), arguments.model or arguments.checkpoint, found)
+    return DIVERGED if found else PASSED
+
+
 def _fail(message: str) -> int:
     print(f"parity: error: {message}", file=sys.stderr)
     return NOT_COMPARED
@@ -134,6 +154,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    check.set_defaults(run=_check)
     check.add_argument("models", metavar="MODEL", nargs="*", help="a published variant, such as swiftformer-xs")
     check.add_argument("--all", action="store_true", help="all variants of the families that both halves have, reduced")
     extent = check.add_mutually_exclusive_group()
@@ -149,14 +170,24 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--dtype", action="append", type=_list_of(DTYPES), metavar="DTYPE", help=f"{' or '.join(DTYPES)}; default both"
     )
-    check.add_argument("--checkpoint", metavar="DIR", help="the weights of this checkpoint instead of random ones")
-    check.add_argument("--image", metavar="FILE", help="the photograph; default scikit-image's cat")
-    check.add_argument("--size", metavar="HxW", type=_size, help="feed this size instead of the model's")
-    check.add_argument("--seed", metavar="N", type=_seed, default=0, help="of random weights; default 0")
+    _add_inputs(check)
     check.add_argument("--calibrate", action="store_true", help="measure rounding, and fail what it does not explain")
     check.add_argument("--json", metavar="FILE", type=Path, help="write the report to this file")
     check.add_argument("-v", "--verbose", action="store_true", help="a row for every array")
+    why = "Find the layers that differ, and which known mistake makes each difference vanish."
+    explain = commands.add_parser("explain", help=why[0].lower() + why[1:-1], description=why)
+    explain.set_defaults(run=_explain)
+    explain.add_argument("model", metavar="MODEL", nargs="?", help="a published variant, such as swiftformer-xs")
+    explain.add_argument("--reduced", action="store_true", help="at most two blocks per stage")
+    _add_inputs(explain)
     return parser
+
+
+def _add_inputs(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--checkpoint", metavar="DIR", help="the weights of this checkpoint instead of random ones")
+    command.add_argument("--image", metavar="FILE", help="the photograph; default scikit-image's cat")
+    command.add_argument("--size", metavar="HxW", type=_size, help="feed this size instead of the model's")
+    command.add_argument("--seed", metavar="N", type=_seed, default=0, help="of random weights; default 0")
 
 
 def _list_of(allowed: Sequence[str]):

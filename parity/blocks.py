@@ -116,6 +116,7 @@ class Comparing:
         forced: whether they are given the recorded inputs, and their outputs are replaced by the recorded ones.
         split: whether what a layer with sub-layers does itself is judged, instead of all that it does.
         names: the running model's name of each layer -> the reference's; None if they are equal.
+        unit: what a difference counts at least, as a part of the largest number of its array.
 
     Attributes:
         worst: the worst array's layer, and |actual - reference| of it when called; None before anything was compared.
@@ -131,8 +132,10 @@ class Comparing:
         forced: bool = False,
         split: bool = False,
         names: Mapping[str, str] | None = None,
+        unit: float = 0.0,
     ):
         self.recording = recording
+        self.unit = unit
         self.layers = frozenset(layers)
         self.dtype = dtype
         self.tolerance = tolerance
@@ -212,7 +215,8 @@ class Comparing:
         if self.dtype is not None and array.dtype != self.dtype:
             return failed(self.tolerance, "dtype", f"dtype {array.dtype} in a {self.dtype} model")
         rms = float(np.vdot(expected, expected) / max(expected.size, 1)) ** 0.5
-        return compare(array, expected, max(rms, self._floor), self.tolerance)
+        agreement = compare(array, expected, max(rms, self._floor), self.tolerance)
+        return at_least(agreement, expected, max(rms, self._floor), self.unit) if self.unit else agreement
 
     def _note(self, owner: str, agreement: Agreement, position: int) -> None:
         known = self._findings.get(owner)
@@ -282,6 +286,12 @@ class _Difference:
     def __call__(self) -> np.ndarray:
         with np.errstate(invalid="ignore"):
             return np.abs(self.back(self.actual.astype(np.float64) - self.expected))
+
+
+def at_least(agreement: Agreement, reference: np.ndarray, scale: float, unit: float) -> Agreement:
+    """Lets a difference count as much as `unit` of the reference's largest number."""
+    least = unit * float(np.abs(reference).max(initial=0.0)) / scale if scale > 0 else 0.0
+    return dataclasses.replace(agreement, max_rel=least) if agreement.max_rel < least else agreement
 
 
 def badness(agreement: Agreement) -> float:

@@ -15,9 +15,10 @@ from modelspec.agreement import (
     balanced,
     compare_all,
     failed,
+    scales,
     top_k_agreement,
 )
-from parity.blocks import Comparing, Recording, RecordingTooLarge, badness, block_of, blocks
+from parity.blocks import Comparing, Recording, RecordingTooLarge, at_least, badness, block_of, blocks
 from parity.report import Row, WorstArray
 from parity.rounding import MANTISSA_BITS, RUNS, Moving, moved_weights
 from parity.taps import Tap
@@ -126,12 +127,15 @@ def measure_floors(
 
 
 def _moved_runs(reference: Reference, dtype: str, generator: np.random.Generator) -> Iterator[tuple[str, Agreement]]:
+    unit = 2.0 ** (1 - MANTISSA_BITS[dtype])  # even right results are a unit in the last place apart
     for level, options in reference.calls.items():
         nothing = Comparing(Recording([]), [], None, math.inf)
         found = reference.tap.run(Moving(nothing, dtype, generator), **options)
-        yield from _compare_outputs(level, found, reference.outputs[level], math.inf).items()
+        scale = scales(reference.outputs[level])
+        for name, agreement in _compare_outputs(level, found, reference.outputs[level], math.inf).items():
+            yield name, at_least(agreement, reference.outputs[level][name], scale[name], unit)
     for mode in MODES:
-        comparing = _comparing(reference, mode, None, math.inf)
+        comparing = _comparing(reference, mode, None, math.inf, unit=unit)
         if comparing is not None:
             reference.tap.run(Moving(comparing, dtype, generator), **reference.layer_options)
             for finding in comparing.findings():
@@ -175,7 +179,12 @@ def compare_pass(
 
 
 def _comparing(
-    reference: Reference, mode: str, dtype: str | None, bound: str | float, names: Mapping[str, str] | None = None
+    reference: Reference,
+    mode: str,
+    dtype: str | None,
+    bound: str | float,
+    names: Mapping[str, str] | None = None,
+    unit: float = 0.0,
 ) -> Comparing | None:
     """Returns the observer of a mode; None if there is nothing to see in it."""
     recording = reference.recording
@@ -189,7 +198,7 @@ def _comparing(
         layers = [block for block in reference.blocks if any(layer.startswith(f"{block}.") for layer in layers)]
         if not layers:
             return None
-    return Comparing(recording, layers, dtype, tolerance, forced=forced, split=mode == "forced", names=names)
+    return Comparing(recording, layers, dtype, tolerance, forced=forced, split=mode == "forced", names=names, unit=unit)
 
 
 def _layer_rows(model: str, run: Run, mode: str, comparing: Comparing, reference: Reference) -> list[Row]:

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -13,6 +13,8 @@ from rich.text import Text
 from rich.tree import Tree
 
 from modelspec.atomic_file import write_text
+from parity.culprits import CULPRITS
+from parity.explaining import Explanation
 from parity.report import ModelReport, Report, Row
 
 _NARROW = 96  # columns; below it the table's columns stand closer
@@ -123,6 +125,24 @@ def _heat(row: Row) -> str:
         return "green"
     decades = math.log10(row.agreement.tolerance / row.agreement.max_rel)
     return "green" if decades > 2 else "green_yellow" if decades > 1 else "yellow" if decades > 0.3 else "dark_orange"
+
+
+def print_explanations(console: Console, model: str, found: Sequence[Explanation]) -> None:
+    """Prints what makes each layer differ."""
+    if not found:
+        console.print(Text(f"{model}: no layer differs, in float64 and given right inputs.", "bold green"))
+        return
+    for explanation in found:
+        size = f"differs by {explanation.max_rel:.1e} of the scale, in float64 and given right inputs."
+        console.print(Text.assemble((f"{model}, {explanation.place}", "bold"), f": {size}"), soft_wrap=True)
+        if explanation.sentence:
+            culprit = Text.assemble(("  Culprit: ", "dim"), (explanation.sentence, "bold yellow"))
+            console.print(
+                culprit.append(f" ({explanation.culprit}); with that the difference vanishes."), soft_wrap=True
+            )
+        else:
+            tried = f" ({explanation.tried} changes of {len(CULPRITS)} kinds were tried)"
+            console.print(Text.assemble(("  Unknown culprit", "bold yellow"), f"{tried}."), soft_wrap=True)
 
 
 def write_json(path: str | os.PathLike, report: Report) -> None:
