@@ -196,12 +196,18 @@ class _Replay:
             found = list(_arrays(self.place.layer(*self.place.arguments, **self.keywords), self.tap))
         if len(found) != len(wrong) or not found:
             return False
-        scale = scales({str(index): array for index, array in enumerate(found)})
-        bounds = [FORCED_BOUNDS["float64"] * scale[str(index)] for index in range(len(found))]
+        scale = scales({str(index): np.nan_to_num(array) for index, array in enumerate(found)})
         return all(
-            array.shape == other.shape and bool(np.abs(array - other).max(initial=0.0) <= bound)
-            for array, other, bound in zip(found, wrong, bounds, strict=True)
+            _equal(array, other, FORCED_BOUNDS["float64"] * scale[str(index)])
+            for index, (array, other) in enumerate(zip(found, wrong, strict=True))
         )
+
+
+def _equal(array: np.ndarray, other: np.ndarray, bound: float) -> bool:
+    """Whether arrays differ by no more than a bound; NaN equals NaN."""
+    if array.shape != other.shape or not np.array_equal(np.isnan(array), np.isnan(other)):
+        return False
+    return bool(np.nanmax(np.abs(array - other), initial=0.0) <= bound)
 
 
 def _arrays(output: Any, tap: Tap) -> Iterator[np.ndarray]:

@@ -1,8 +1,8 @@
 """How much of a difference rounding explains: the reference again, with everything moved by a random half ulp.
 
 The float64 model runs several times with every weight, and all that goes into and comes out of every layer, moved by up
-to half a unit in the last place of the dtype in question; and once in that dtype itself, since long sums round more
-than their terms do. How far its arrays move at most is their *rounding floor*: what any right implementation in that
+to half a unit in the last place of the dtype in question; and some times in that dtype itself, since long sums round
+more than their terms do. How far its arrays move at most is their *rounding floor*: what any right implementation in that
 dtype may differ by.
 """
 
@@ -15,6 +15,7 @@ from parity.blocks import Arrays, Comparing
 from parity.taps import Call, TorchTap
 
 RUNS = 16
+OWN_RUNS = 4  # in the dtype itself
 MANTISSA_BITS = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}
 _SMALLEST_EXPONENT = {"float64": -1022, "float32": -126, "float16": -14, "bfloat16": -126}
 
@@ -54,8 +55,7 @@ def moved_weights(tap: TorchTap, dtype: str, generator: np.random.Generator) -> 
     """Moves the weights of a float64 model, for as long as the context lasts."""
     import torch
 
-    tensors = [*tap.model.parameters(), *tap.model.buffers()]
-    tensors = [tensor for tensor in tensors if tensor.is_floating_point()]
+    tensors = _weights(tap)
     kept = [tensor.detach().clone() for tensor in tensors]
     try:
         with torch.no_grad():
@@ -66,3 +66,18 @@ def moved_weights(tap: TorchTap, dtype: str, generator: np.random.Generator) -> 
         with torch.no_grad():
             for tensor, values in zip(tensors, kept, strict=True):
                 tensor.copy_(values)
+
+
+def share_weights(wide: TorchTap, narrow: TorchTap) -> None:
+    """Gives the same weights to a float64 model and to one of a narrower dtype, which rounds them."""
+    import torch
+
+    with torch.no_grad():
+        for first, second in zip(_weights(wide), _weights(narrow), strict=True):
+            second.copy_(first)
+            first.copy_(second)
+
+
+def _weights(tap: TorchTap) -> list:
+    tensors = [*tap.model.parameters(), *tap.model.buffers()]
+    return [tensor for tensor in tensors if tensor.is_floating_point()]
