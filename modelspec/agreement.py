@@ -21,6 +21,8 @@ FORCED_BOUNDS = {**BOUNDS, "float32": 3e-5, "float16": 1e-2, "bfloat16": 1e-1}
 # the way back is as long again, and sums over all positions: torch's own float32 is up to 2e-4 off
 GRADIENT_BOUNDS = {"float64": FLOAT64_BOUND, "float32": 1e-3}
 OPERATOR_BOUNDS = {"float64": 1e-12, "float32": 5e-6}  # neighborhood attention alone, of its rms
+# bytes are resized by sums of whole numbers, and rescaled and normalised by a table of 256 values: nothing can differ
+PREPROCESSING_BOUND = 0.0
 
 # In float32 neither framework may be much further from the float64 result than the other: both round, but a leak of
 # precision in one of them shows as a ratio. Rounding itself makes the ratio jump on small arrays and tiny errors.

@@ -63,7 +63,7 @@ class ImageProcessor:
 
     Every image ends as RGB, or as gray (Pillow's mode "L") if `image_mean` has one entry; `read_image` says how.
 
-    An argument of None means its default.
+    An argument of None means its default. `num_channels` is that of the result, 3 or 1.
 
     Args:
         size: pixels: a number for a square, {"height": h, "width": w}, or (h, w).
@@ -116,7 +116,7 @@ class ImageProcessor:
                 f"ImageProcessor.image_std has {len(self.image_std)} entries but image_mean has {len(self.image_mean)};"
                 " give one entry per channel in both"
             )
-        self._num_channels = lengths.pop() if lengths else 3
+        self.num_channels = lengths.pop() if lengths else 3
 
     def __call__(self, images: Any, *, return_tensors: str | None = None, **overrides: Any) -> ImageBatch:
         """Processes one image or many.
@@ -161,7 +161,7 @@ class ImageProcessor:
             pixels = read_image(
                 image,
                 name=name,
-                num_channels=self._num_channels,
+                num_channels=self.num_channels,
                 convert=self.do_convert_rgb is not False,
                 input_data_format=self.input_data_format,
             )  # (H, W, C)
@@ -184,13 +184,16 @@ class ImageProcessor:
         batch = np.stack(processed)  # (B, C, H, W)
         return np.ascontiguousarray(np.moveaxis(batch, 1, -1)) if self.data_format == "channels_last" else batch
 
+    def byte_table(self) -> np.ndarray:
+        """Returns what each byte of each channel becomes by rescaling and normalising: (num_channels, 256) float32."""
+        values = np.broadcast_to(np.arange(256, dtype=np.uint8), (self.num_channels, 1, 256))
+        return self._scaled(values)[:, 0]
+
     def _scaled(self, pixels: np.ndarray) -> np.ndarray:
         """Rescales and normalises (C, H, W) of any real dtype to float32."""
         if pixels.dtype == np.uint8 and pixels[0].size > 256:
-            # A byte has 256 values: the same arithmetic, done once for each of them, gives the same bits sooner.
-            values = np.broadcast_to(np.arange(256, dtype=np.uint8), (len(pixels), 1, 256))
-            table = self._scaled(values)[:, 0]  # (C, 256)
-            return np.stack([levels[channel] for levels, channel in zip(table, pixels, strict=True)])
+            table = self.byte_table()  # the same bits, sooner
+            return np.stack([values[channel] for values, channel in zip(table, pixels, strict=True)])
         if self.do_rescale:
             pixels = _rescale(pixels, self.rescale_factor)
         if self.do_normalize:

@@ -11,6 +11,7 @@ from PIL import ExifTags, Image, ImageOps
 
 DATA_FORMATS = ("channels_first", "channels_last")
 _PILLOW_MODES = {1: "L", 3: "RGB"}
+LUMA_WEIGHTS = (19595, 38470, 7471)  # of red, green and blue in 2**16 parts of gray, which Pillow rounds half up
 # Pillow opens the 16-bit gray files of these formats in mode "I" (PNG: before Pillow 11), whose range says nothing.
 _DEEP_GRAY_FORMATS = ("PNG", "PPM")
 
