@@ -59,7 +59,8 @@ def check(
         levels: `"outputs"` are the logits and the loss for class 0, in one call as users make it; `"layers"` are all
             layers, free-running and given the reference's inputs (see `parity.blocks`), the hidden states and, where a
             model has them, the attention probabilities; `"gradients"` those of the loss; `"training"` ten steps of
-            each optimizer, in float64 (see `parity.training`); `"weights"` a round trip through files of both halves;
+            each optimizer, in float64 (see `parity.training`); `"preprocessing"` of images inside the frameworks
+            against Pillow; `"weights"` a round trip through files of both halves;
             `"op"` neighborhood attention alone, of NAT and DiNAT. Of all models at all levels, outputs and weights
             are compared of each, the other levels of the smallest of each family.
         dtypes: `"float64"` and `"float32"`; the reference is computed in float64 in any case.

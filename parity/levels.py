@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 
 from modelspec.configs import ModelConfig
-from parity import gradients, operator, round_trip, training
+from parity import gradients, operator, preprocessing, round_trip, training
 from parity.layers import Arrays, Run
 from parity.photograph import Photograph
 from parity.report import Row
 from parity.subjects import Subject
 
-LEVELS = ("outputs", "layers", "gradients", "training", "weights", "op")
+LEVELS = ("outputs", "layers", "gradients", "training", "preprocessing", "weights", "op")
 FORWARD_KINDS = ("logits", "loss", "hidden_states", "attentions")
 
 # Attention over n tokens is n x n numbers per head and layer: 12 heads over 3137 tokens are 900 MB in float64.
@@ -116,6 +116,15 @@ def _training(task: Task) -> Rows:
     return rows, []
 
 
+def _preprocessing(task: Task) -> Rows:
+    return [
+        Row(task.subject.name, "preprocessing", name, "float32", agreement, half)
+        for half, name, agreement in preprocessing.compare_preprocessing(
+            task.subject.processor, task.photograph, task.seed
+        )
+    ], []
+
+
 def _weights(task: Task) -> Rows:
     return [
         Row(task.subject.name, "weights", f"weights.{key}", "float32", agreement, half)
@@ -138,6 +147,7 @@ def _operator(task: Task) -> Rows:
 FURTHER_LEVELS: dict[str, Callable[[Task], Rows]] = {
     "gradients": _gradients,
     "training": _training,
+    "preprocessing": _preprocessing,
     "weights": _weights,
     "op": _operator,
 }

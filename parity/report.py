@@ -51,7 +51,19 @@ class Row(Result):
         return {**super().to_dict(), "half": self.half, "mode": self.mode, "order": self.order, "block": self.block}
 
 
-_KINDS = ("weights", "native", "composed", "forced", "free", "hidden_states", "attentions", "logits", "loss")
+_KINDS = (
+    "weights",
+    "eager",
+    "graph",
+    "native",
+    "composed",
+    "forced",
+    "free",
+    "hidden_states",
+    "attentions",
+    "logits",
+    "loss",
+)
 
 
 def _order_of_divergence(row: Row) -> tuple:

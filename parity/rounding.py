@@ -2,8 +2,8 @@
 
 The float64 model runs several times with every weight, and all that goes into and comes out of every layer, moved by up
 to half a unit in the last place of the dtype in question; and some times in that dtype itself, since long sums round
-more than their terms do. How far its arrays move at most is their *rounding floor*: what any right implementation in that
-dtype may differ by.
+more than their terms do. How far its arrays move at most is their *rounding floor*: what any right implementation in
+that dtype may differ by.
 """
 
 import contextlib
