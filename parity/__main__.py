@@ -71,7 +71,7 @@ def _check(arguments: argparse.Namespace) -> int:
         def on_model(report) -> None:
             with paused():
                 if not printed:
-                    print_opening(console)
+                    print_opening(console, arguments.against or "PyTorch in float64")
                 printed.append(report.model)
                 print_model(console, report, every_array=arguments.verbose)
 
@@ -86,6 +86,9 @@ def _check(arguments: argparse.Namespace) -> int:
             size=arguments.size,
             seed=arguments.seed,
             calibrate=arguments.calibrate,
+            save=arguments.save,
+            against=arguments.against,
+            keep_result=not arguments.no_result,
             on_step=on_step,
             on_model=on_model,
         )
@@ -113,6 +116,17 @@ def _explain(arguments: argparse.Namespace) -> int:
         )
     print_explanations(Console(highlight=False), arguments.model or arguments.checkpoint, found)
     return DIVERGED if found else PASSED
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from parity.certificate import verify
+    from parity.reporting import print_verification
+
+    found = verify(arguments.folder)
+    print_verification(Console(highlight=False), arguments.folder, found)
+    return PASSED if found.belongs and found.passed else DIVERGED
 
 
 def _fail(message: str) -> int:
@@ -172,6 +186,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_inputs(check)
     check.add_argument("--calibrate", action="store_true", help="measure rounding, and fail what it does not explain")
+    check.add_argument("--save", metavar="FILE", help="write what the reference gives to this .npz file")
+    check.add_argument("--against", metavar="FILE", help="compare with what was saved, on its images")
+    check.add_argument("--no-result", action="store_true", help="leave no parity.json in the checkpoint's folder")
     check.add_argument("--json", metavar="FILE", type=Path, help="write the report to this file")
     check.add_argument("-v", "--verbose", action="store_true", help="a row for every array")
     why = "Find the layers that differ, and which known mistake makes each difference vanish."
@@ -180,6 +197,10 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("model", metavar="MODEL", nargs="?", help="a published variant, such as swiftformer-xs")
     explain.add_argument("--reduced", action="store_true", help="at most two blocks per stage")
     _add_inputs(explain)
+    whether = "Tell whether the parity.json of a folder still belongs to its files, and whether the check passed."
+    verify = commands.add_parser("verify", help=whether[0].lower() + whether[1:-1], description=whether)
+    verify.set_defaults(run=_verify)
+    verify.add_argument("folder", metavar="DIR", help="a checkpoint that was checked")
     return parser
 
 

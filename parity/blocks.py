@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from modelspec.agreement import SCALE_FLOOR, Agreement, compare, failed
+from modelspec.agreement import SCALE_FLOOR, Agreement, compare, failed, root_mean_square
 from parity.taps import Call, Tap
 
 OWN_CODE = " (own code)"
@@ -56,6 +56,7 @@ class Recording:
 
     Attributes:
         inputs, outputs: by call.
+        parents: layer -> the layer that calls it, "" if the model itself does.
         order: of the moments, as (call, whether it is the end), in causal order.
     """
 
@@ -63,11 +64,13 @@ class Recording:
         self.layers = frozenset(layers)
         self.max_bytes = max_bytes
         self.inputs: dict[Call, Arrays] = {}
+        self.parents: dict[str, str] = {}
         self.outputs: dict[Call, Arrays] = {}
         self.order: list[tuple[Call, bool]] = []
         self._size = 0
 
     def entering(self, call: Call, parent: str, arrays: Arrays) -> None:
+        self.parents[call[0]] = parent
         self._record(self.inputs, call, arrays)
 
     def leaving(self, call: Call, arrays: Arrays) -> None:
@@ -86,7 +89,7 @@ class Recording:
         """Returns the smallest scale: a part of the rms over all that layers gave."""
         flat = [array for arrays in self.outputs.values() for array in arrays]
         elements = sum(array.size for array in flat)
-        squares = sum(float(np.vdot(array, array)) for array in flat)
+        squares = sum(root_mean_square(array) ** 2 * array.size for array in flat)
         return SCALE_FLOOR * (squares / elements) ** 0.5 if elements and np.isfinite(squares) else 0.0
 
 
@@ -155,8 +158,7 @@ class Comparing:
         call = self._translated(call)
         if call is None or not self.forced:
             return None
-        parent = self.names.get(parent, parent) if self.names else parent
-        owner = f"{parent or MODEL}{OWN_CODE}" if self.split else None
+        owner = f"{self.recording.parents[call[0]] or MODEL}{OWN_CODE}" if self.split else None
         return self._compare(call, False, owner, arrays)
 
     def leaving(self, call: Call, arrays: Arrays) -> Arrays | None:
@@ -214,9 +216,9 @@ class Comparing:
     def _judge(self, array: np.ndarray, expected: np.ndarray) -> Agreement:
         if self.dtype is not None and array.dtype != self.dtype:
             return failed(self.tolerance, "dtype", f"dtype {array.dtype} in a {self.dtype} model")
-        rms = float(np.vdot(expected, expected) / max(expected.size, 1)) ** 0.5
-        agreement = compare(array, expected, max(rms, self._floor), self.tolerance)
-        return at_least(agreement, expected, max(rms, self._floor), self.unit) if self.unit else agreement
+        scale = max(root_mean_square(expected), self._floor)
+        agreement = compare(array, expected, scale, self.tolerance)
+        return at_least(agreement, expected, scale, self.unit) if self.unit else agreement
 
     def _note(self, owner: str, agreement: Agreement, position: int) -> None:
         known = self._findings.get(owner)

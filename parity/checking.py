@@ -9,18 +9,21 @@ import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from modelspec.checkpoints import num_parameters, parameter_shapes
 from modelspec.checkpoints.checkpoint import digest_arrays
 from modelspec.configs import get_variant, list_models
 from parity import halves
+from parity.certificate import digest_config, write_certificate
 from parity.environment import describe_environment, exact_arithmetic
 from parity.errors import ComparisonError
 from parity.halves import Arrays, import_frameworks
-from parity.layers import Run, compare_pass, judge_balance, measure_floors, record, worst_of
-from parity.levels import FORWARD_KINDS, FURTHER_LEVELS, LEVELS, Task, forward_calls
+from parity.layers import Reference, Run, compare_pass, judge_balance, measure_floors, record, worst_of
+from parity.levels import FORWARD_KINDS, FURTHER_LEVELS, LEVELS, Task, compare_recorded, forward_calls
 from parity.photograph import Photograph, pixel_values, read_photograph
+from parity.recorded_runs import RecordedRun, read_run, require_same_weights, write_run
 from parity.report import ModelReport, Report, Row, WorstArray
 from parity.subjects import Subject, checkpoint_subject, drawn_subject
 from parity.variants import missing_halves, smallest_of_families, split_by_family
@@ -45,6 +48,9 @@ def check(
     size: tuple[int, int] | None = None,
     seed: int = 0,
     calibrate: bool = False,
+    save: str | os.PathLike | None = None,
+    against: str | os.PathLike | None = None,
+    keep_result: bool = True,
     on_step: OnStep | None = None,
     on_model: OnModel | None = None,
 ) -> Report:
@@ -68,6 +74,9 @@ def check(
         size: (height, width) fed to the models instead of their processor's; ViT-MSN then interpolates its positions.
         seed: of drawn weights.
         calibrate: measure what rounding does to each array (see `parity.rounding`), and fail what it does not explain.
+        save: write what the reference gives to this file (see `parity.recorded_runs`); of one model.
+        against: compare outputs, hidden states and attentions with this recorded run instead, on its images.
+        keep_result: write `parity.json` into the checkpoint's folder, if it is one here.
         on_step: called as `on_step(done, total, what)` before each part of the work.
         on_model: called with the report of each model when it is done.
 
@@ -82,6 +91,8 @@ def check(
     _require("levels", levels, LEVELS)
     _require("dtypes", dtypes, DTYPES)
     names = _names(models, every_model, checkpoint, reduced)
+    recorded = None if against is None else read_run(against)
+    _require_one_model(names, checkpoint, save, against, image, size)
     photograph = read_photograph(image)
     subjects = [checkpoint_subject(checkpoint, seed, *names)] if checkpoint is not None else []
 
@@ -109,13 +120,16 @@ def check(
 
         chosen = [level for level in LEVELS if level in (levels if subject.name in in_depth else WIDE_LEVELS)]
         with exact_arithmetic():
-            report = _check_one(subject, photograph, size, chosen, runs, seed, calibrate, on_run)
+            if recorded is None:
+                report = _check_one(subject, photograph, size, chosen, runs, seed, calibrate, save, on_run)
+            else:
+                report = _check_recorded(subject, recorded, chosen, runs, on_run)
         reports.append(report)
         if on_model is not None:
             on_model(report)
     environment = {
         **describe_environment(),
-        "reference": "torch float64",
+        "reference": "torch float64" if against is None else os.fspath(against),
         "levels": [level for level in LEVELS if level in levels],
         "dtypes": [dtype for dtype in DTYPES if dtype in dtypes],
         "seed": seed,
@@ -126,7 +140,18 @@ def check(
     report = Report(environment, tuple(reports), skipped, time.perf_counter() - started)
     if not report.results:
         raise ComparisonError("nothing was compared: both halves have none of the models")
+    if keep_result and checkpoint is not None and Path(checkpoint).expanduser().is_dir():
+        config = digest_config(subjects[0].config)
+        write_certificate(Path(checkpoint).expanduser(), report.to_dict(), reports[0].sha256, config)
     return report
+
+
+def _require_one_model(names: list[str], checkpoint: Any, save: Any, against: Any, image: Any, size: Any) -> None:
+    for option, value in (("save", save), ("against", against)):
+        if value is not None and len(names) != 1 and checkpoint is None:
+            raise ValueError(f"{option}: a recorded run is of one model; {len(names)} are asked for")
+    if against is not None and (save is not None or image is not None or size is not None):
+        raise ValueError("against: a recorded run brings its own images; give no image, no size, and nothing to save")
 
 
 def _require(what: str, given: Sequence[str], allowed: Sequence[str]) -> None:
@@ -163,6 +188,7 @@ def _check_one(
     runs: list[Run],
     seed: int,
     calibrate: bool,
+    save: str | os.PathLike | None,
     on_run: Callable[[int, str], None],
 ) -> ModelReport:
     on_run(0, "weights")
@@ -172,8 +198,13 @@ def _check_one(
     calls, layer_options, notes = forward_calls(subject.config, images.shape[2:], size is not None, levels)
     results, worst = [], None
     if calls:
-        results, worst, more = _forward(task, calls, layer_options, calibrate, on_run)
-        notes += more
+        results, worst, reference = _forward(task, calls, layer_options, calibrate, on_run)
+        notes += reference.notes
+        if save is not None:
+            _save_run(save, task, {name: a for arrays in reference.outputs.values() for name, a in arrays.items()})
+            notes.append(f"The reference's outputs were written to {os.fspath(save)}.")
+    elif save is not None:
+        raise ValueError("save: there is something to save at the levels outputs and layers only")
     for level in levels:
         if level not in FURTHER_LEVELS:
             continue
@@ -202,8 +233,8 @@ def _forward(
     layer_options: dict[str, Any] | None,
     calibrate: bool,
     on_run: Callable[[int, str], None],
-) -> tuple[list[Row], WorstArray | None, list[str]]:
-    """Compares what the forward pass computes; returns the rows, the worst layer's array, and notes."""
+) -> tuple[list[Row], WorstArray | None, Reference]:
+    """Compares what the forward pass computes; returns the rows, the worst layer's array, and the reference."""
     name, config = task.subject.name, task.subject.config
     tap = functools.partial(halves.tap, config=config, weights=task.weights, pixel_values=task.images)
     first, *others = task.runs
@@ -226,8 +257,56 @@ def _forward(
             found, outputs[half, dtype], mine = compare_pass(name, tap(half, dtype=dtype), (half, dtype), reference)
         rows += found
         worst = worst_of(worst, mine)
-        halves.forget_models()
-    return judge_balance(rows, outputs, FORWARD_KINDS), worst, reference.notes
+    halves.forget_models()
+    return judge_balance(rows, outputs, FORWARD_KINDS), worst, reference
+
+
+def _save_run(path: str | os.PathLike, task: Task, outputs: Arrays) -> None:
+    about = {
+        "model": task.subject.name,
+        "sha256": digest_arrays(task.weights),
+        "dtype": "float64",
+        "versions": {"torch": describe_environment()["versions"]["torch"]},
+    }
+    write_run(path, task.images, outputs, about)
+
+
+def _check_recorded(
+    subject: Subject,
+    recorded: RecordedRun,
+    levels: Sequence[str],
+    runs: list[Run],
+    on_run: Callable[[int, str], None],
+) -> ModelReport:
+    """Compares both halves with a recorded run."""
+    if not set(levels) <= {"outputs", "layers"}:
+        raise ValueError("against: a recorded run has the levels outputs and layers; give no others")
+    on_run(0, "weights")
+    weights = subject.weights()
+    notes = require_same_weights(recorded, subject.name, digest_arrays(weights))
+    results = []
+    for index, (half, dtype) in enumerate(runs):
+        on_run(index, f"{half} {dtype}")
+        for case, (images, wanted) in recorded.cases.items():
+            with _named(f"{subject.name}: the {half} half failed in {dtype}"):
+                tap = halves.tap(half, subject.config, weights, dtype, images)
+                rows = compare_recorded(subject.name, case, tap, images.shape[2:], (half, dtype), wanted, levels)
+            results += rows
+    halves.forget_models()
+    if not results:
+        raise ComparisonError(f"nothing was compared: {recorded.path} has no arrays of the level {levels[0]}")
+    sizes = ", ".join("x".join(map(str, images.shape)) for images, _ in recorded.cases.values())
+    return ModelReport(
+        model=subject.name,
+        extent=subject.extent,
+        parameters=num_parameters(parameter_shapes(subject.config)),
+        image=f"pixel_values of {recorded.path}, {sizes}",
+        weights=subject.weights_from,
+        trained=subject.trained,
+        notes=(*subject.notes, *notes),
+        results=tuple(results),
+        sha256=digest_arrays(weights),
+    )
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from modelspec.agreement import (
 )
 from parity.blocks import Comparing, Recording, RecordingTooLarge, at_least, badness, block_of, blocks
 from parity.report import Row, WorstArray
-from parity.rounding import MANTISSA_BITS, OWN_RUNS, RUNS, Moving, moved_weights, share_weights
+from parity.rounding import MANTISSA_BITS, OWN_RUNS, OWN_UNITS, RUNS, Moving, moved_weights, share_weights
 from parity.taps import Tap
 
 MAX_RECORDING = 4e9  # bytes
@@ -129,7 +129,7 @@ def measure_floors(
 
 def _own_run(reference: Reference, narrow: Tap, dtype: str, generator: np.random.Generator) -> list[Row]:
     """Compares the model in another dtype with itself in float64, both with the same weights, moved a little."""
-    with moved_weights(reference.tap, dtype, generator):
+    with moved_weights(reference.tap, dtype, generator, OWN_UNITS):
         share_weights(reference.tap, narrow)
         layers = None if reference.recording is None else list(reference.recording.layers)
         options = None if reference.recording is None else reference.layer_options

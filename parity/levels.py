@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 
+from modelspec.agreement import BOUNDS, FLOAT32_GOLDEN_BOUND, compare_all
 from modelspec.configs import ModelConfig
 from parity import gradients, operator, preprocessing, round_trip, training
 from parity.layers import Arrays, Run
 from parity.photograph import Photograph
 from parity.report import Row
 from parity.subjects import Subject
+from parity.taps import Tap
 
 LEVELS = ("outputs", "layers", "gradients", "training", "preprocessing", "weights", "op")
 FORWARD_KINDS = ("logits", "loss", "hidden_states", "attentions")
@@ -82,6 +84,39 @@ def _positions(config: ModelConfig, image_size: tuple[int, int]) -> dict[str, bo
     """Returns the option that lets a ViT-MSN take images of another size than it was made for."""
     other = config.model_type == "vit_msn" and tuple(image_size) != (config.image_size, config.image_size)
     return {"interpolate_pos_encoding": True} if other else {}
+
+
+def compare_recorded(
+    model: str, case: str, tap: Tap, image_size: tuple[int, int], run: Run, wanted: Arrays, levels: Sequence[str]
+) -> list[Row]:
+    """Compares what a model gives with the recorded arrays of one case.
+
+    Args:
+        model: what to call it.
+        case: the name of the case, which precedes the arrays' in the rows; "" if there is only one.
+        tap: of the model, with the recorded images.
+        image_size: their height and width.
+        run: its half and dtype.
+        wanted: the recorded arrays by name.
+        levels: "outputs" for the logits, "layers" for hidden states and attentions.
+    """
+    half, dtype = run
+    options = {"output_hidden_states": any(name.startswith("hidden_states") for name in wanted)}
+    if any(name.startswith("attentions") for name in wanted):
+        options["output_attentions"] = True
+    found = tap.run(**options, **_positions(tap.model.config, image_size))
+    rows = []
+    for kind in FORWARD_KINDS:
+        of_kind = {name: array for name, array in wanted.items() if name.partition(".")[0] == kind}
+        level = "outputs" if kind == "logits" else "layers"
+        if not of_kind or level not in levels:
+            continue
+        narrow = next(iter(of_kind.values())).dtype != np.float64
+        bound = max(BOUNDS[dtype], FLOAT32_GOLDEN_BOUND if narrow else 0.0)
+        actual = {name: array for name, array in found.items() if name.partition(".")[0] == kind}
+        for name, agreement in compare_all(actual, of_kind, bound).items():
+            rows.append(Row(model, level, f"{case}.{name}" if case else name, dtype, agreement, half))
+    return rows
 
 
 def _gradients(task: Task) -> Rows:

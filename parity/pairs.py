@@ -16,6 +16,7 @@ from parity.errors import ComparisonError
 from parity.layers import Reference, compare_pass, measure_floors, record, worst_of
 from parity.matching import match_layers
 from parity.report import ModelReport, Row
+from parity.rounding import MANTISSA_BITS
 from parity.taps import KerasTap, Tap, TorchTap
 
 
@@ -222,7 +223,7 @@ def _tapped(model: Any, half: str, inputs: dict[str, np.ndarray]) -> Iterator[Ta
 def _keras_tap(model: Any, inputs: dict[str, np.ndarray]) -> Iterator[Tap]:
     import keras
 
-    dtype = model.compute_dtype
+    dtype = _keras_dtype(model)
     tensors = {
         name: keras.ops.convert_to_tensor(array.astype(dtype) if array.dtype.kind == "f" else array)
         for name, array in inputs.items()
@@ -241,13 +242,20 @@ def _keras_tap(model: Any, inputs: dict[str, np.ndarray]) -> Iterator[Tap]:
 def _dtype(tap: Tap) -> str:
     """The dtype that a model computes in."""
     if tap.half == "keras":
-        dtype = tap.model.compute_dtype
+        dtype = _keras_dtype(tap.model)
     else:
         weight = next((value for value in tap.model.parameters() if value.is_floating_point()), None)
         dtype = "float32" if weight is None else str(weight.dtype).removeprefix("torch.")
     if dtype not in BOUNDS:
         raise ValueError(f"a model computes in {dtype}; allowed are {', '.join(BOUNDS)}")
     return dtype
+
+
+def _keras_dtype(model: Any) -> str:
+    """The narrowest dtype that a layer with weights computes in; a functional model has its layers' own."""
+    leaves = [layer for layer in model._flatten_layers() if not layer._layers and layer.weights]
+    dtypes = {layer.compute_dtype for layer in leaves} or {model.compute_dtype}
+    return min(dtypes, key=lambda dtype: MANTISSA_BITS.get(dtype, 0))
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from modelspec.atomic_file import write_text
+from parity.certificate import Verification
 from parity.culprits import CULPRITS
 from parity.explaining import Explanation
 from parity.report import ModelReport, Report, Row
@@ -20,9 +21,9 @@ from parity.report import ModelReport, Report, Row
 _NARROW = 96  # columns; below it the table's columns stand closer
 
 
-def print_opening(console: Console) -> None:
+def print_opening(console: Console, reference: str = "PyTorch in float64") -> None:
     """Prints what the numbers below it mean."""
-    console.print(Text("Reference: PyTorch in float64. max_rel = max_abs / scale of the array.", "dim"))
+    console.print(Text(f"Reference: {reference}. max_rel = max_abs / scale of the array.", "dim"))
     console.print()
 
 
@@ -143,6 +144,24 @@ def print_explanations(console: Console, model: str, found: Sequence[Explanation
         else:
             tried = f" ({explanation.tried} changes of {len(CULPRITS)} kinds were tried)"
             console.print(Text.assemble(("  Unknown culprit", "bold yellow"), f"{tried}."), soft_wrap=True)
+
+
+def print_verification(console: Console, folder: str, found: Verification) -> None:
+    """Prints what a folder's `parity.json` is worth."""
+    environment = found.found["environment"]
+    made = f"made on {environment['date'][:10]} with " + ", ".join(
+        f"{name} {environment['versions'][name]}" for name in ("keras", "tensorflow", "torch")
+    )
+    if not found.belongs:
+        what = " and ".join(found.changed)
+        text = f"{folder}: parity.json does not belong to these files: other {what} were checked. Check again."
+        console.print(Text(text, "bold red"), soft_wrap=True)
+        return
+    count, failed = len(found.found["results"]), sum(not row["passed"] for row in found.found["results"])
+    outcome = f"all {count} comparisons passed" if found.passed else f"{failed} of {count} comparisons FAILED"
+    console.print(Text(f"{folder}: parity.json belongs to these files, {made}."), soft_wrap=True)
+    levels = ", ".join(environment["levels"])
+    console.print(Text(f"At the levels {levels}, {outcome}.", "bold green" if found.passed else "bold red"))
 
 
 def write_json(path: str | os.PathLike, report: Report) -> None:

@@ -15,16 +15,17 @@ from parity.blocks import Arrays, Comparing
 from parity.taps import Call, TorchTap
 
 RUNS = 16
-OWN_RUNS = 4  # in the dtype itself
+OWN_RUNS = 8  # in the dtype itself, with weights that are moved by so many units, since those are rounded off again
+OWN_UNITS = 64.0
 MANTISSA_BITS = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}
 _SMALLEST_EXPONENT = {"float64": -1022, "float32": -126, "float16": -14, "bfloat16": -126}
 
 
-def moved(array: np.ndarray, dtype: str, generator: np.random.Generator) -> np.ndarray:
-    """Returns a float64 array with each number moved by up to half a unit in the last place of `dtype`."""
+def moved(array: np.ndarray, dtype: str, generator: np.random.Generator, units: float = 1.0) -> np.ndarray:
+    """Returns a float64 array with each number moved by up to half of `units` in the last place of `dtype`."""
     _, exponents = np.frexp(array)
     exponents = np.maximum(exponents - 1, _SMALLEST_EXPONENT[dtype])
-    draws = generator.random(array.shape, dtype=np.float32) - np.float32(0.5)
+    draws = np.float32(units) * (generator.random(array.shape, dtype=np.float32) - np.float32(0.5))
     return array + np.ldexp(draws.astype(np.float64), exponents - (MANTISSA_BITS[dtype] - 1))
 
 
@@ -51,8 +52,8 @@ class Moving:
 
 
 @contextlib.contextmanager
-def moved_weights(tap: TorchTap, dtype: str, generator: np.random.Generator) -> Iterator[None]:
-    """Moves the weights of a float64 model, for as long as the context lasts."""
+def moved_weights(tap: TorchTap, dtype: str, generator: np.random.Generator, units: float = 1.0) -> Iterator[None]:
+    """Moves the weights of a float64 model, as `moved` does, for as long as the context lasts."""
     import torch
 
     tensors = _weights(tap)
@@ -60,7 +61,7 @@ def moved_weights(tap: TorchTap, dtype: str, generator: np.random.Generator) -> 
     try:
         with torch.no_grad():
             for tensor in tensors:
-                tensor.copy_(torch.from_numpy(moved(tensor.numpy(), dtype, generator)))
+                tensor.copy_(torch.from_numpy(moved(tensor.numpy(), dtype, generator, units)))
         yield
     finally:
         with torch.no_grad():

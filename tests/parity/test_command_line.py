@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from golden_copy import GOLDEN
 from PIL import Image
 
 from parity import checking, halves, taps
 from parity.__main__ import main
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 SWIFTFORMER = str(GOLDEN / "swiftformer_tiny")
 VIT_MSN = str(GOLDEN / "vit_msn_tiny")
 

@@ -1,17 +1,16 @@
 """The levels beside outputs and layers: gradients, training, weights and the operator, with bugs planted in each."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
+from golden_copy import GOLDEN
 
 from modelspec import get_config
 from modelspec.checkpoints import read_safetensors
 from parity import gradients, operator, round_trip, training
 from parity.__main__ import main
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 DEEP = "gradients,training,weights,op"
 
 

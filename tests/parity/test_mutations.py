@@ -3,10 +3,10 @@
 import dataclasses
 import types
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
+from golden_copy import GOLDEN
 
 from modelspec.checkpoints import probing_weights
 from parity import halves
@@ -14,7 +14,6 @@ from parity.explaining import UNKNOWN, explain_subject
 from parity.photograph import read_photograph
 from parity.subjects import checkpoint_subject
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 SEEDS = 20
 
 
