@@ -1,7 +1,7 @@
 """Runs kept in files, so that another machine, another version or another framework can be compared later.
 
-A run is an `.npz` of arrays: `pixel_values` and what a model gave for them (`logits`, `model.hidden_states.0`, ...), with
-a prefix for each case where there are several. `about`, a JSON text, says which model and weights they are of.
+A run is an `.npz` of arrays: `pixel_values` and what a model gave for them (`logits`, `model.hidden_states.0`, ...),
+with a prefix for each case where there are several. `about`, a JSON text, says which model and weights they are of.
 """
 
 import dataclasses
