@@ -20,7 +20,7 @@ from modelspec.agreement import (
 )
 from parity.blocks import Comparing, Recording, RecordingTooLarge, at_least, badness, block_of, blocks
 from parity.report import Row, WorstArray
-from parity.rounding import MANTISSA_BITS, OWN_RUNS, OWN_UNITS, RUNS, Moving, moved_weights, share_weights
+from parity.rounding import MANTISSA_BITS, OTHER_ORDER, OWN_RUNS, OWN_UNITS, RUNS, Moving, moved_weights, share_weights
 from parity.taps import Tap
 
 MAX_RECORDING = 4e9  # bytes
@@ -123,7 +123,7 @@ def measure_floors(
         for number in range(OWN_RUNS):
             for row in _own_run(reference, narrow, narrower, np.random.default_rng((seed, RUNS + number))):
                 if row.agreement.max_rel == row.agreement.max_rel:
-                    floors[row.name] = max(floors.get(row.name, 0.0), ratio * row.agreement.max_rel)
+                    floors[row.name] = max(floors.get(row.name, 0.0), OTHER_ORDER * ratio * row.agreement.max_rel)
         reference.floors[dtype] = floors
 
 

@@ -17,6 +17,7 @@ from parity.taps import Call, TorchTap
 RUNS = 16
 OWN_RUNS = 8  # in the dtype itself, with weights that are moved by so many units, since those are rounded off again
 OWN_UNITS = 64.0
+OTHER_ORDER = 2.0  # sums in another order, down to one after the other, round up to so many times as much (measured)
 MANTISSA_BITS = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}
 _SMALLEST_EXPONENT = {"float64": -1022, "float32": -126, "float16": -14, "bfloat16": -126}
 
