@@ -27,7 +27,8 @@ def moved(array: np.ndarray, dtype: str, generator: np.random.Generator, units: 
     _, exponents = np.frexp(array)
     exponents = np.maximum(exponents - 1, _SMALLEST_EXPONENT[dtype])
     draws = np.float32(units) * (generator.random(array.shape, dtype=np.float32) - np.float32(0.5))
-    return array + np.ldexp(draws.astype(np.float64), exponents - (MANTISSA_BITS[dtype] - 1))
+    steps = np.ldexp(draws.astype(np.float64), exponents - (MANTISSA_BITS[dtype] - 1))
+    return array + np.where(array == 0.0, 0.0, steps)  # zeros are exact: padding, or what ReLU gives
 
 
 class Moving:
