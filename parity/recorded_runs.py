@@ -60,7 +60,7 @@ def read_run(path: str | os.PathLike) -> RecordedRun:
         ValueError: the file cannot be read, is no such file, or holds nothing to compare.
     """
     try:
-        with np.load(Path(path), allow_pickle=False) as archive:
+        with open(Path(path).expanduser(), "rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
             about = json.loads(str(arrays.pop("about"))) if "about" in arrays else {}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
