@@ -18,7 +18,8 @@ _EPILOG = """\
 examples:
   parity check swiftformer-xs vit-msn-small    two variants, whole
   parity check --all                           every variant, two blocks per stage
-  parity check --checkpoint DIR --image FILE   your weights, your photograph
+  parity check --all --level all               all of it, in depth for one variant per family
+  parity check --checkpoint DIR --image FILE   your weights, your photograph; leaves parity.json in DIR
 
 The reference is what PyTorch computes in float64. In float64 Keras must equal it to
 1e-10 of the scale of the array; in float32 both halves must lie within 1e-4, and neither
