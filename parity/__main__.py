@@ -63,8 +63,10 @@ def _check(arguments: argparse.Namespace) -> int:
 
     from parity.reporting import print_model, print_opening, print_summary, write_json
 
-    if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
-        return _fail(f"--json: there is no directory {arguments.json.absolute().parent}")
+    for option in ("json", "html", "junit"):
+        path = getattr(arguments, option)
+        if path is not None and not path.absolute().parent.is_dir():
+            return _fail(f"--{option}: there is no directory {path.absolute().parent}")
     console = Console(highlight=False, soft_wrap=False)
     with _progress() as (on_step, paused):
         printed = []
@@ -96,6 +98,14 @@ def _check(arguments: argparse.Namespace) -> int:
     print_summary(console, report)
     if arguments.json is not None:
         write_json(arguments.json, report)
+    if arguments.html is not None:
+        from parity.html_report import write_html
+
+        write_html(arguments.html, report.to_dict())
+    if arguments.junit is not None:
+        from parity.junit_report import write_junit
+
+        write_junit(arguments.junit, report.to_dict())
     return PASSED if report.passed else DIVERGED
 
 
@@ -139,10 +149,10 @@ def _fail(message: str) -> int:
 def _progress() -> Iterator[tuple]:
     """A progress bar on standard error if that is a terminal; yields `on_step` and a context that takes it away."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    columns = (BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    columns = (BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("left, {task.description}"))
     progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     task = progress.add_task("", total=1)
 
@@ -191,6 +201,8 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--against", metavar="FILE", help="compare with what was saved, on its images")
     check.add_argument("--no-result", action="store_true", help="leave no parity.json in the checkpoint's folder")
     check.add_argument("--json", metavar="FILE", type=Path, help="write the report to this file")
+    check.add_argument("--html", metavar="FILE", type=Path, help="write it as a page for people")
+    check.add_argument("--junit", metavar="FILE", type=Path, help="write it as JUnit XML, for CI systems")
     check.add_argument("-v", "--verbose", action="store_true", help="a row for every array")
     why = "Find the layers that differ, and which known mistake makes each difference vanish."
     explain = commands.add_parser("explain", help=why[0].lower() + why[1:-1], description=why)

@@ -45,6 +45,12 @@ def print_model(console: Console, report: ModelReport, *, every_array: bool = Fa
     for result in report.results:
         if result.agreement.reason and result.mode is None:
             console.print(Text(f"{result.name} {result.dtype} {result.half}: {result.agreement.reason}", "red"))
+    shares = []
+    for name in ("top1", "top5"):
+        found = [getattr(row.agreement, name) for row in report.results if getattr(row.agreement, name) is not None]
+        shares += [f"{name} {min(found):.0%}"] if found else []
+    if shares:
+        console.print(Text(f"Same classes as the reference: {', '.join(shares)}.", "dim"))
     layers_failed = any(row.mode is not None and not row.agreement.passed for row in report.results)
     if layers_failed or (every_array and any(row.mode is not None for row in report.results)):
         console.print(block_tree(report, every_array=every_array))
