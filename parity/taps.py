@@ -98,7 +98,7 @@ class TorchTap(Tap):
     def like(self, array, tensor):
         import torch
 
-        return torch.from_numpy(np.ascontiguousarray(array)).to(tensor)
+        return torch.from_numpy(np.ascontiguousarray(array)).to(tensor, copy=True)  # layers may work in place
 
     def _name_layers(self):
         return ((path, module) for path, module in self.model.named_modules() if path)
