@@ -203,7 +203,7 @@ def _table(report: ModelReport, every_array: bool, columns: int) -> Table:
     table.add_column("name", no_wrap=True)
     table.add_column("dtype", no_wrap=True)
     table.add_column("half", no_wrap=True)
-    for name in ("max_abs", "max_rel", "cosine", "tolerance"):
+    for name in ("max_abs", "max_rel", "cosine", "bound"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     for dtype, half in dict.fromkeys((result.dtype, result.half) for result in report.results):

@@ -18,7 +18,7 @@ ALLOWED = {
     "ptmodels": {"modelspec", "neighborhood", "torch", "numpy", "safetensors"},
     "parity": {
         *("modelspec", "neighborhood", "tfmodels", "ptmodels", "keras", "tensorflow", "torch"),
-        *("numpy", "rich", "jinja2", "PIL", "skimage"),
+        *("numpy", "rich", "jinja2", "markupsafe", "PIL", "skimage"),
     },
     "twinzoo": {
         *("modelspec", "neighborhood", "tfmodels", "ptmodels", "parity", "keras", "tensorflow", "torch"),

@@ -77,7 +77,7 @@ def test_the_table_fits_its_width(columns, capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= columns
     header = next(line for line in lines if line.startswith("name"))
-    assert header.split() == ["name", "dtype", "half", "max_abs", "max_rel", "cosine", "tolerance", "verdict"]
+    assert header.split() == ["name", "dtype", "half", "max_abs", "max_rel", "cosine", "bound", "verdict"]
     assert not any("\N{HORIZONTAL ELLIPSIS}" in line for line in lines)
     assert any(line.startswith("attentions.0-2 ") for line in lines)
 
