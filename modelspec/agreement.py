@@ -18,6 +18,7 @@ BFLOAT16_BOUND = 2e-1  # 8 bits of mantissa: 4e-3 per operation
 BOUNDS = {"float64": FLOAT64_BOUND, "float32": FLOAT32_BOUND, "float16": FLOAT16_BOUND, "bfloat16": BFLOAT16_BOUND}
 # the way back is as long again, and sums over all positions: torch's own float32 is up to 2e-4 off
 GRADIENT_BOUNDS = {"float64": FLOAT64_BOUND, "float32": 1e-3}
+EXPORT_BOUND = 2e-5  # an exported graph against the live model, logits of their rms: the same float32, other kernels
 OPERATOR_BOUNDS = {"float64": 1e-12, "float32": 5e-6}  # neighborhood attention alone, of its rms
 
 # In float32 neither framework may be much further from the float64 result than the other: both round, but a leak of
