@@ -53,7 +53,7 @@ class AxisTiles:
     starts: Any
 
 
-def axis_tiles(length, kernel_size: int, dilation: int, xp=np) -> AxisTiles:
+def axis_tiles(length, kernel_size: int, dilation: int, xp=np, fewest: int = 1) -> AxisTiles:
     """Cuts one axis into tiles.
 
     Args:
@@ -61,6 +61,7 @@ def axis_tiles(length, kernel_size: int, dilation: int, xp=np) -> AxisTiles:
         kernel_size: keys per query.
         dilation: distance between neighbouring keys, in positions.
         xp: where `arange`, `minimum`, `maximum` and `where` come from, as numpy has them.
+        fewest: tiles of a group, if the length is not known.
 
     Raises:
         ValueError: the window does not fit an axis of known length.
@@ -73,6 +74,8 @@ def axis_tiles(length, kernel_size: int, dilation: int, xp=np) -> AxisTiles:
         halo = min(tile + kernel_size - 1, longest)
     else:
         per_group = (longest + kernel_size - 1) // kernel_size
+        if fewest > 1:
+            per_group = xp.maximum(per_group, fewest)
         tile, halo = kernel_size, 2 * kernel_size - 1
 
     number = xp.arange(dilation * per_group, dtype="int32")[:, None]
@@ -126,6 +129,7 @@ class Tiles:
     Args:
         lengths, kernel_size, dilation: as of `axis_tiles`, one per axis.
         xp: as of `axis_tiles`; `take` and `reshape` too.
+        fewest: as of `axis_tiles`.
 
     Attributes:
         axes: the tiles of each axis.
@@ -138,9 +142,9 @@ class Tiles:
         picks: (T, Q, K) where the keys of a query's window are in the halo.
     """
 
-    def __init__(self, lengths: Sequence, kernel_size: Sequence[int], dilation: Sequence[int], xp=np):
+    def __init__(self, lengths: Sequence, kernel_size: Sequence[int], dilation: Sequence[int], xp=np, fewest: int = 1):
         self._xp = xp
-        self.axes = [axis_tiles(*axis, xp) for axis in zip(lengths, kernel_size, dilation, strict=True)]
+        self.axes = [axis_tiles(*axis, xp, fewest) for axis in zip(lengths, kernel_size, dilation, strict=True)]
         self.tiles = _product(axis.tiles for axis in self.axes)
         self.tile = _product(axis.tile for axis in self.axes)
         self.halo = _product(axis.halo for axis in self.axes)

@@ -3,11 +3,13 @@
 Tiles of queries meet their halos of keys (`neighborhood.tiles`) in dense products, with a mask.
 """
 
+import contextlib
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from neighborhood.tiles import Tiles, known_tiles
 
@@ -72,8 +74,10 @@ class _Namespace:
     def take(self, x: Tensor, index: Tensor, axis: int) -> Tensor:
         return x.index_select(axis, index)
 
-    minimum, maximum = staticmethod(torch.minimum), staticmethod(torch.maximum)
-    where, reshape = staticmethod(torch.where), staticmethod(torch.reshape)
+    def maximum(self, x, y):
+        return torch.maximum(x, y) if isinstance(x, Tensor) else torch.sym_max(x, y)
+
+    minimum, where, reshape = staticmethod(torch.minimum), staticmethod(torch.where), staticmethod(torch.reshape)
 
 
 def _tiles(x: Tensor, kernel_size: Sequence[int], dilation: Sequence[int]) -> Tiles:
@@ -85,11 +89,41 @@ def _tiles(x: Tensor, kernel_size: Sequence[int], dilation: Sequence[int]) -> Ti
             lengths = tuple(operator.index(length) for length in lengths)
     elif all(isinstance(length, int) for length in lengths):
         return known_tiles(lengths, tuple(kernel_size), tuple(dilation))
-    return Tiles(lengths, kernel_size, dilation, _Namespace(x.device))
+    wanted = (*lengths, *kernel_size, *dilation)
+    for known, tiles in _shared or ():
+        if len(known) == len(wanted) and all(map(_surely_equal, known, wanted)):
+            return tiles
+    # an exporter takes a size of 1 for one that stays 1: then the export would be for maps of one tile, or of several
+    fewest = 2 if torch.compiler.is_exporting() else 1
+    tiles = Tiles(lengths, kernel_size, dilation, _Namespace(x.device), fewest)
+    if _shared is not None:
+        _shared.append((wanted, tiles))
+    return tiles
+
+
+_shared: list[tuple[tuple, Tiles]] | None = None
+
+
+@contextlib.contextmanager
+def sharing_tiles() -> Iterator[None]:
+    """Within the context, which is for one `torch.export.export`, maps of one unknown size share their tiles.
+
+    Computing these is three quarters of what is exported, and the blocks of a stage need the same ones.
+    """
+    global _shared
+    before, _shared = _shared, []
+    try:
+        yield
+    finally:
+        _shared = before
+
+
+def _surely_equal(first, second) -> bool:
+    return statically_known_true(first == second)
 
 
 def _index_on(array, x: Tensor) -> Tensor:
-    return torch.as_tensor(array, device=x.device)
+    return array if isinstance(array, Tensor) else torch.as_tensor(array, device=x.device)
 
 
 def _split(x: Tensor, positions, tiles, elements: int) -> Tensor:
@@ -142,11 +176,19 @@ def _cover(x: Tensor, tiles: Tiles) -> Tensor:
         covered = 1  # an element stands for so many keys from its own on
         while covered < along.kernel_size:
             step = min(covered, along.kernel_size - covered)
-            kept = x.shape[axis] - step * along.dilation
-            x = x.narrow(axis, 0, kept) + x.narrow(axis, step * along.dilation, kept)
+            x = _add_shifted(x, axis, step * along.dilation)
             covered += step
         x = x.index_select(axis, _index_on(along.starts, x))
     return x
+
+
+def _add_shifted(x: Tensor, axis: int, shift: int) -> Tensor:
+    """Adds to each element the one `shift` positions on; of the last ones, which have none, windows have no use."""
+    kept = x.shape[axis] - shift
+    if not torch.compiler.is_exporting():
+        return x.narrow(axis, 0, kept) + x.narrow(axis, shift, kept)
+    positions = torch.arange(x.shape[axis], device=x.device) + shift  # `kept` might be 1, see `_tiles`
+    return x + x.index_select(axis, positions.clamp(max=x.shape[axis] - 1))
 
 
 def _in_windows(x: Tensor, query: Tensor, tiles: Tiles) -> Tensor:

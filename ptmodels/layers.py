@@ -30,6 +30,19 @@ def get_activation(activation: str | Callable) -> Callable[[torch.Tensor], torch
     return activation if callable(activation) else ACTIVATIONS[activation]
 
 
+def resize_map(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Crops (B, H, W, C) on the right and below, or pads it there with zeros, to (B, height, width, C)."""
+    if not torch.compiler.is_exporting():
+        missing = (width - x.shape[2], height - x.shape[1])
+        return x if missing == (0, 0) else functional.pad(x, (0, 0, 0, missing[0], 0, missing[1]))
+    # an exported program would be for one answer to the question whether anything is missing
+    rows, columns = (
+        torch.arange(wanted, device=x.device).clamp(max=length)
+        for wanted, length in zip((height, width), x.shape[1:3], strict=True)
+    )
+    return functional.pad(x, (0, 0, 0, 1, 0, 1)).index_select(1, rows).index_select(2, columns)
+
+
 class DropPath(nn.Module):
     """Stochastic depth: in training, zeroes whole samples with probability `rate` and scales the others up.
 

@@ -7,7 +7,6 @@ Maps are (B, H, W, C) throughout.
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from modelspec.configs import (
     BackboneOutput,
@@ -16,7 +15,7 @@ from modelspec.configs import (
     NatConfig,
 )
 from modelspec.configs.nat import NeighborhoodConfig
-from ptmodels.layers import DropPath, get_activation
+from ptmodels.layers import DropPath, get_activation, resize_map
 from ptmodels.losses import image_classification_loss
 from ptmodels.ops import neighborhood_attention
 from ptmodels.pretrained import PreTrainedModel
@@ -185,7 +184,7 @@ class NatLayer(nn.Module):
         hidden, probabilities = self.attention(
             hidden, output_attentions=output_attentions, implementation=implementation
         )
-        hidden = hidden[:, :height, :width]
+        hidden = resize_map(hidden, height, width)
         if self.layer_scale_parameters is not None:
             hidden = self.layer_scale_parameters[0] * hidden
         x = x + self.drop_path(hidden)
@@ -196,10 +195,8 @@ class NatLayer(nn.Module):
 
     def pad_to_window(self, x: torch.Tensor) -> torch.Tensor:
         """Pads (B, H, W, C) on the right and below up to the window."""
-        missing = [torch.sym_max(self.window - length, 0) for length in x.shape[1:3]]
-        if missing == [0, 0]:
-            return x
-        return functional.pad(x, (0, 0, 0, missing[1], 0, missing[0]))
+        height, width = (torch.sym_max(self.window, length) for length in x.shape[1:3])
+        return resize_map(x, height, width)
 
 
 class NatStage(nn.Module):

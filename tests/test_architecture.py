@@ -25,10 +25,14 @@ ALLOWED = {
         *("numpy", "rich", "PIL", "matplotlib"),
     },
 }
-# An image processor returns the tensors of the framework that its caller asks for, and only then imports it.
+# An image processor returns the tensors of the framework that its caller asks for, and only then imports it; exporters
+# and runtimes likewise.
 ON_REQUEST = {
     Path("modelspec/images/processor.py"): {"torch", "tensorflow"},
     Path("ptmodels/natten_compat.py"): {"natten"},  # which it completes where it is installed
+    Path("modelspec/exports.py"): {"onnx"},
+    Path("tfmodels/export.py"): {"tf2onnx"},
+    Path("parity/run_artefact.py"): {"onnxruntime", "ai_edge_litert"},
 }
 PACKAGES = [name for name in ALLOWED if (ROOT / name).is_dir()]
 

@@ -76,13 +76,16 @@ def _split(x, positions, tiles, elements: int):
     """Gathers (B, *spatial, heads, channels) into (B, tiles, heads, elements of a tile, channels)."""
     batch, *_, heads, channels = ops.shape(x)
     x = ops.take(ops.reshape(x, (batch, -1, heads * channels)), _index(positions), axis=1)
+    if heads == 1:  # tf2onnx makes a wrong reshape of a transposition that moves nothing
+        return ops.reshape(x, (batch, tiles, 1, elements, channels))
     return ops.transpose(ops.reshape(x, (batch, tiles, elements, heads, channels)), (0, 1, 3, 2, 4))
 
 
 def _join(x, like, tiles: Tiles):
     """Puts (B, T, heads, Q, channels) back as (B, *spatial, heads, channels), spatial as of `like`."""
     batch, _, heads, _, channels = ops.shape(x)
-    x = ops.reshape(ops.transpose(x, (0, 1, 3, 2, 4)), (batch, -1, heads * channels))
+    x = x if heads == 1 else ops.transpose(x, (0, 1, 3, 2, 4))  # see `_split`
+    x = ops.reshape(x, (batch, -1, heads * channels))
     return ops.reshape(ops.take(x, _index(tiles.outputs), axis=1), (*ops.shape(like)[:-2], heads, channels))
 
 

@@ -1,0 +1,117 @@
+"""Runs exported artefacts as their users do: in a process of its own, without the packages that it must not need.
+
+Not imported but run, as a file: `python -P run_artefact.py JOBS`, JOBS being a JSON list of jobs, done one after the
+other: `kind` (a key of RUNS), `name` (for messages), `artefact` (a path), `absent` (packages that are hidden and that
+must not be there afterwards), `inputs` (an npz of images by case) and `outputs` (an npz of logits by case, to write).
+What fails is the last line on standard output, and the exit status is 1.
+"""
+
+import importlib.machinery
+import json
+import sys
+from collections.abc import Callable
+
+import numpy as np
+
+Run = Callable[[np.ndarray], np.ndarray]
+
+
+def saved_model(path: str) -> Run:
+    import tensorflow as tf
+
+    served = tf.saved_model.load(path)
+    signature = served.signatures["serving_default"]
+    # the signature alone would not keep the variables alive
+    return lambda images, served=served: signature(pixel_values=tf.constant(images))["logits"].numpy()
+
+
+def keras_file(path: str) -> Run:
+    import keras
+
+    import tfmodels  # noqa: F401 - makes its classes known
+
+    model = keras.models.load_model(path, safe_mode=True)
+    size = model.config.to_dict().get("image_size")
+
+    def run(images: np.ndarray) -> np.ndarray:
+        other = not model.takes_any_size and images.shape[2:] != (size, size)
+        options = {"interpolate_pos_encoding": True} if other else {}
+        return np.asarray(model(images, training=False, **options)["logits"])
+
+    return run
+
+
+def program(path: str) -> Run:
+    import torch
+
+    module = torch.export.load(path).module()
+
+    def run(images: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return module(pixel_values=torch.from_numpy(images))["logits"].numpy()
+
+    return run
+
+
+def onnx(path: str) -> Run:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: session.run(["logits"], {"pixel_values": images})[0]
+
+
+def litert(path: str) -> Run:
+    from ai_edge_litert.interpreter import Interpreter
+
+    runner = Interpreter(path).get_signature_runner("serving_default")
+    return lambda images: np.concatenate([runner(pixel_values=image[None])["logits"] for image in images])
+
+
+RUNS = {"saved_model": saved_model, "keras_file": keras_file, "program": program, "onnx": onnx, "litert": litert}
+
+
+class Hiding:
+    """Stands before a finder of modules, which then finds nothing of the hidden packages."""
+
+    def __init__(self, finder, hidden: set[str]):
+        self.finder, self.hidden = finder, hidden
+
+    def __getattr__(self, name: str):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name: str, path=None, target=None) -> importlib.machinery.ModuleSpec | None:
+        return None if name.partition(".")[0] in self.hidden else self.finder.find_spec(name, path, target)
+
+
+def do(job: dict) -> None:
+    """Does one job; see the module."""
+    absent = set(job["absent"])
+    finders = sys.meta_path[:]
+    sys.meta_path[:] = [Hiding(finder, absent) for finder in finders]
+    try:
+        run = RUNS[job["kind"]](job["artefact"])
+        with np.load(job["inputs"]) as images:
+            logits = {case: run(images[case]) for case in images}
+    finally:
+        sys.meta_path[:] = finders
+    present = absent & {name.partition(".")[0] for name in sys.modules}
+    if present:
+        raise RuntimeError(f"it needed {', '.join(sorted(present))}")
+    np.savez(job["outputs"], **logits)
+
+
+def main(path: str) -> int:
+    with open(path, encoding="utf-8") as file:
+        jobs = json.load(file)
+    for job in jobs:
+        try:
+            do(job)
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            print(f"{job['name']}: {reason}")
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
