@@ -66,9 +66,9 @@ def check(
             layers, free-running and given the reference's inputs (see `parity.blocks`), the hidden states and, where a
             model has them, the attention probabilities; `"gradients"` those of the loss; `"training"` ten steps of
             each optimizer, in float64 (see `parity.training`); `"preprocessing"` of images inside the frameworks
-            against Pillow; `"weights"` a round trip through files of both halves;
-            `"op"` neighborhood attention alone, of NAT and DiNAT. Of all models at all levels, outputs and weights
-            are compared of each, the other levels of the smallest of each family.
+            against Pillow; `"weights"` a round trip through files of both halves; `"op"` neighborhood attention alone,
+            of NAT and DiNAT; `"export"` each artefact, run in a fresh process, against the live model. Of all models
+            at all levels, outputs and weights are compared of each, the other levels of the smallest of each family.
         dtypes: `"float64"` and `"float32"`; the reference is computed in float64 in any case.
         image: an image file; scikit-image's cat by default.
         size: (height, width) fed to the models instead of their processor's; ViT-MSN then interpolates its positions.

@@ -8,14 +8,14 @@ import numpy as np
 
 from modelspec.agreement import BOUNDS, FLOAT32_GOLDEN_BOUND, compare_all
 from modelspec.configs import ModelConfig
-from parity import gradients, operator, preprocessing, round_trip, training
+from parity import exporting, gradients, operator, preprocessing, round_trip, training
 from parity.layers import Arrays, Run
 from parity.photograph import Photograph
 from parity.report import Row
 from parity.subjects import Subject
 from parity.taps import Tap
 
-LEVELS = ("outputs", "layers", "gradients", "training", "preprocessing", "weights", "op")
+LEVELS = ("outputs", "layers", "gradients", "training", "preprocessing", "weights", "op", "export")
 FORWARD_KINDS = ("logits", "loss", "hidden_states", "attentions")
 
 # Attention over n tokens is n x n numbers per head and layer: 12 heads over 3137 tokens are 900 MB in float64.
@@ -179,10 +179,19 @@ def _operator(task: Task) -> Rows:
     ], []
 
 
+def _export(task: Task) -> Rows:
+    config, size = task.subject.config, task.images.shape[2:]
+    return [
+        Row(task.subject.name, "export", f"{artefact}.{case}", "float32", agreement, half)
+        for half, artefact, case, agreement in exporting.compare_exports(config, task.weights, task.images)
+    ], exporting.notes(config, size)
+
+
 FURTHER_LEVELS: dict[str, Callable[[Task], Rows]] = {
     "gradients": _gradients,
     "training": _training,
     "preprocessing": _preprocessing,
     "weights": _weights,
     "op": _operator,
+    "export": _export,
 }
