@@ -17,6 +17,8 @@ test: $(VENV)/ready-oracle  ## the tests, those that need transformers too
 
 full: $(VENV)/ready-oracle tensorflow-versions  ## everything, the slow tests and whole variants too
 	$(BIN)/python -m pytest
+	mkdir -p build
+	$(BIN)/python -m parity check --all --level all --json build/parity.json --html build/parity.html --junit build/parity.xml
 	$(BIN)/python -m parity check --all --full
 	$(BIN)/python -m benchmarks.neighborhood_attention
 
