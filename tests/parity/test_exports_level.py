@@ -49,9 +49,9 @@ def test_every_artefact_gives_the_logits_of_the_live_model(name):
     ("name", "artefacts"),
     [
         ("nat_tiny", [("keras", "litert")]),
-        ("dinat_tiny", [("torch", "onnx")]),
+        ("dinat_tiny", [("torch", "program")]),
         ("swiftformer_tiny", [("keras", "onnx")]),
-        ("vit_msn_tiny", [("torch", "program"), ("torch", "onnx")]),
+        ("vit_msn_tiny", [("torch", "onnx")]),
     ],
 )
 def test_some_artefacts_of_each_family(name, artefacts, monkeypatch):
@@ -65,7 +65,7 @@ def test_some_artefacts_of_each_family(name, artefacts, monkeypatch):
 
 def test_a_bug_in_one_artefact_is_named(monkeypatch):
     """A GELU of another form in torch's program, a weight that changed in the ONNX of Keras."""
-    artefacts = {("keras", "onnx"), ("keras", "litert"), ("torch", "program"), ("torch", "onnx")}
+    artefacts = {("keras", "onnx"), ("keras", "litert"), ("torch", "program")}
     restrict(monkeypatch, *artefacts)
     right = exporting._export
 
@@ -93,12 +93,7 @@ def test_a_bug_in_one_artefact_is_named(monkeypatch):
     monkeypatch.setattr(exporting, "_export", export)
     results = list(compare_exports(*subject("vit_msn_tiny", 32)))
     assert failed(results) == {("torch", "program"), ("keras", "onnx")}
-    assert {row[:2] for row in results} == {
-        ("keras", "onnx"),
-        ("keras", "litert"),
-        ("torch", "program"),
-        ("torch", "onnx"),
-    }
+    assert {row[:2] for row in results} == artefacts
 
 
 def test_what_does_not_run_is_named(monkeypatch):
