@@ -54,7 +54,7 @@ def test_there_are_twenty_variants():
     assert len(VARIANTS) == 20
 
 
-LARGE = [pytest.param(name, marks=pytest.mark.slow) if "large" in name else name for name in VARIANTS]
+LARGE = [pytest.param(name, marks=pytest.mark.slow) if "large" in name or "base" in name else name for name in VARIANTS]
 
 
 @pytest.mark.parametrize("name", LARGE)

@@ -117,6 +117,7 @@ def assert_every_size_runs(run, model) -> None:
             np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5, err_msg=f"{height}x{width}")
 
 
+@pytest.mark.slow
 def test_a_program_of_neighborhood_attention_is_for_any_size(tmp_path):
     model = model_of(ptmodels, DILATED).eval()
     ptmodels.export.export_program(model, tmp_path / "model.pt2")

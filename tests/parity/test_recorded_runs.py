@@ -15,7 +15,7 @@ from parity.recorded_runs import read_run
 
 @pytest.fixture
 def folder(tmp_path):
-    return shutil.copytree(GOLDEN / "vit_msn_tiny", tmp_path / "mine")
+    return shutil.copytree(GOLDEN / "vit_msn_tiny", tmp_path / "mine", ignore=shutil.ignore_patterns("parity.json"))
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,7 @@
 """Keras' own training drives the models: `fit`, `evaluate`, `predict`, from every kind of data."""
 
+import itertools
+
 import keras
 import numpy as np
 import pytest
@@ -25,8 +27,12 @@ def assert_learns(model, *data, **fit):
     assert losses[-1] < losses[0]
 
 
+DATA = ["tensors", "arrays", "pipeline", "dictionary", "labels inside"]
+KINDS = [*itertools.product(["swiftformer", "vit_msn"], DATA), ("nat", "pipeline"), ("dinat", "tensors")]
+
+
 @pytest.mark.parametrize("loss", [None, "given"])
-@pytest.mark.parametrize("data", ["tensors", "arrays", "pipeline", "dictionary", "labels inside"])
+@pytest.mark.parametrize(("config", "data"), KINDS, indirect=["config"])
 def test_the_loss_falls_from_every_kind_of_data(config, digits, data, loss):
     images, labels = digits
     model = make(config)
