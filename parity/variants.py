@@ -49,7 +49,7 @@ def smallest_of_families(names: list[str]) -> list[str]:
     """Returns, of each family among the variants, the one with the fewest parameters."""
     variants = [get_variant(name) for name in names]
     families = dict.fromkeys(variant.model_type for variant in variants)
-    return [min((v for v in variants if v.model_type == f), key=lambda v: v.parameters).name for f in families]
+    return [min((v for v in variants if v.model_type == f), key=lambda v: v.parameter_count).name for f in families]
 
 
 def split_by_family(names: list[str]) -> tuple[list[str], dict[str, str]]:

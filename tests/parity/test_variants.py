@@ -6,7 +6,7 @@ from modelspec import get_config, list_models
 from modelspec.agreement import Agreement
 from modelspec.checkpoints import parameter_shapes
 from parity import ModelReport, Row
-from parity.variants import extent, reduced
+from parity.variants import extent, reduced, smallest_of_families
 
 
 @pytest.mark.parametrize("name", list_models())
@@ -42,3 +42,7 @@ def test_the_first_divergence_is_the_earliest_hidden_state_in_float64():
     ]
     report = ModelReport("m", "whole", 1, "", "", False, (), tuple(rows))
     assert report.first_divergence.name == "hidden_states.9"
+
+
+def test_the_smallest_of_each_family():
+    assert smallest_of_families(list_models()) == ["nat-mini", "dinat-mini", "swiftformer-xs", "vit-msn-small"]
