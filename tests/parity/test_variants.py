@@ -5,7 +5,7 @@ import pytest
 from modelspec import get_config, list_models
 from modelspec.agreement import Agreement
 from modelspec.checkpoints import parameter_shapes
-from parity import ModelReport, Row
+from parity import LEVELS, ModelReport, Row, checking
 from parity.variants import extent, reduced, smallest_of_families
 
 
@@ -46,3 +46,18 @@ def test_the_first_divergence_is_the_earliest_hidden_state_in_float64():
 
 def test_the_smallest_of_each_family():
     assert smallest_of_families(list_models()) == ["nat-mini", "dinat-mini", "swiftformer-xs", "vit-msn-small"]
+
+
+def test_all_models_at_all_levels_go_deep_for_one_of_each_family(monkeypatch):
+    checked = {}
+
+    def check_one(subject, photograph, size, levels, *rest):
+        checked[subject.name] = levels
+        return ModelReport(subject.name, "whole", 1, "", "", False, (), (failed("logits", "float64"),))
+
+    monkeypatch.setattr(checking, "_check_one", check_one)
+    checking.check(every_model=True, reduced=True, levels=LEVELS)
+    assert set(checked) == set(list_models())
+    deep = {name for name, levels in checked.items() if levels == list(LEVELS)}
+    assert deep == set(smallest_of_families(list_models()))
+    assert all(levels == ["outputs", "weights"] for name, levels in checked.items() if name not in deep)
