@@ -10,7 +10,7 @@ residual, a reshape, the attention itself) is seen in what it gives them, and ca
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -152,7 +152,7 @@ class Comparing:
         self._positions = {moment: index for index, moment in enumerate(recording.order)}
         self._called = self.recording.outputs.keys()
         self._seen: set[Call] = set()
-        self._map_shape: tuple[int, ...] | None = None
+        self._layouts = Layouts()
 
     def entering(self, call: Call, parent: str, arrays: Arrays) -> Arrays | None:
         call = self._translated(call)
@@ -199,7 +199,7 @@ class Comparing:
             if owner is not None:
                 self._note(owner, failed(self.tolerance, "missing", reason), position)
             return None
-        expected = [self._in_layout_of(*pair) for pair in zip(references, arrays, strict=True)]
+        expected = [self._layouts.find(*pair) for pair in zip(references, arrays, strict=True)]
         if owner is not None:
             for array, (wanted, back) in zip(arrays, expected, strict=True):
                 agreement = self._judge(array, wanted)
@@ -231,42 +231,60 @@ class Comparing:
         worst = agreement if badness(agreement) > badness(known.agreement) else known.agreement
         self._findings[owner] = Finding(owner, worst, order)
 
-    def _in_layout_of(self, reference: np.ndarray, actual: np.ndarray):
-        more = []
+
+Laid = tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]
+
+
+class Layouts:
+    """Finds out how the axes of two arrays correspond: channels may lie first or last.
+
+    Where shapes cannot tell, the nearest numbers do; and where these are far apart, the last that were near.
+    """
+
+    def __init__(self):
+        self._last: dict[int, str] = {}  # rank -> what was clear last
+        self._map_shape: tuple[int, ...] | None = None
+
+    def find(self, reference: np.ndarray, actual: np.ndarray) -> Laid:
+        """Returns the reference with its axes in the order of `actual`, and a function that undoes that."""
+        fitting = {name: laid for name, laid in self._candidates(reference, actual) if laid[0].shape == actual.shape}
+        chosen = next(iter(fitting), None)
+        if chosen is None:
+            return reference, lambda array: array
+        if len(fitting) > 1:
+            with np.errstate(invalid="ignore"):
+                distances = {name: float(np.abs(laid[0] - actual).mean()) for name, laid in fitting.items()}
+            nearest = min(fitting, key=lambda name: (not distances[name] >= 0, distances[name]))
+            if distances[nearest] <= _NEAR * float(np.abs(reference).mean()):
+                chosen = self._last[reference.ndim] = nearest
+            else:
+                chosen = next(name for name in (self._last.get(reference.ndim), chosen) if name in fitting)
+        elif reference.ndim >= 3:
+            self._last[reference.ndim] = chosen
+        expected, back = fitting[chosen]
+        return np.ascontiguousarray(expected), back
+
+    def _candidates(self, reference: np.ndarray, actual: np.ndarray) -> Iterator[tuple[str, Laid]]:
+        yield "same", (reference, lambda array: array)
+        if reference.ndim >= 3:
+            for name, axes in (("channels last", (1, -1)), ("channels first", (-1, 1))):
+                yield name, (np.moveaxis(reference, *axes), functools.partial(_moved_back, axes=axes))
+        without_ones = [[size for size in array.shape if size != 1] for array in (reference, actual)]
+        if reference.shape != actual.shape and without_ones[0] == without_ones[1]:  # pooled maps of one pixel
+            yield "reshaped", (reference.reshape(actual.shape), lambda array: array.reshape(reference.shape))
         if reference.ndim >= 4:
             self._map_shape = reference.shape
         elif reference.ndim == 2 and self._map_shape and reference.size == int(np.prod(self._map_shape)):
             maps = np.moveaxis(reference.reshape(self._map_shape), 1, -1)
-            more = [(maps.reshape(reference.shape), _unflattened(maps.shape))]  # flattened in another order
-        return in_layout_of(reference, actual, more)
+            yield "flattened channels last", (maps.reshape(reference.shape), _unflattened(maps.shape))
 
 
-def in_layout_of(
-    reference: np.ndarray, actual: np.ndarray, more: Sequence[tuple[np.ndarray, Callable]] = ()
-) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
-    """Finds out how the axes of two arrays correspond: channels may lie first or last.
+_NEAR = 1e-2  # mean difference, as a part of the mean size: numbers in another order differ by more than their size
 
-    Args:
-        reference, actual: the arrays.
-        more: further candidates of what is returned.
 
-    Returns:
-        The reference with its axes in the order of `actual`, and a function that undoes that. Where shapes cannot tell,
-        the nearest numbers do.
-    """
-    candidates = [(reference, lambda array: array)]
-    if reference.ndim >= 3:
-        for axes in ((1, -1), (-1, 1)):
-            candidates.append((np.moveaxis(reference, *axes), functools.partial(_moved_back, axes=axes)))
-    without_ones = [[size for size in array.shape if size != 1] for array in (reference, actual)]
-    if reference.shape != actual.shape and without_ones[0] == without_ones[1]:  # pooled maps of one pixel
-        candidates.append((reference.reshape(actual.shape), lambda array: array.reshape(reference.shape)))
-    fitting = [candidate for candidate in [*candidates, *more] if candidate[0].shape == actual.shape]
-    if len(fitting) > 1:
-        with np.errstate(invalid="ignore"):
-            fitting.sort(key=lambda candidate: float(np.abs(candidate[0] - actual).mean()))
-    expected, back = (fitting or candidates)[0]
-    return np.ascontiguousarray(expected), back
+def in_layout_of(reference: np.ndarray, actual: np.ndarray) -> Laid:
+    """Finds out how the axes of two arrays correspond, by these two alone; see `Layouts.find`."""
+    return Layouts().find(reference, actual)
 
 
 def _moved_back(array: np.ndarray, axes: tuple[int, int]) -> np.ndarray:

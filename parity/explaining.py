@@ -12,7 +12,7 @@ import numpy as np
 from modelspec.agreement import FORCED_BOUNDS, scales
 from modelspec.configs import get_variant
 from parity import halves
-from parity.blocks import MODEL, OWN_CODE, in_layout_of
+from parity.blocks import MODEL, OWN_CODE, Layouts, in_layout_of
 from parity.culprits import CULPRITS, Place
 from parity.environment import exact_arithmetic
 from parity.errors import ComparisonError
@@ -148,19 +148,20 @@ class _Only:
     def __init__(self, layer: str, reference: Reference):
         self.call: Call = (layer, 0)
         self.recording = reference.recording
+        self.layouts = Layouts()
         self.outputs: list[np.ndarray] = []
 
     def entering(self, call: Call, parent: str, arrays: list[np.ndarray]) -> list[np.ndarray] | None:
         if call != self.call or len(arrays) != len(self.recording.inputs[call]):
             return None
-        laid_out = [in_layout_of(*pair)[0] for pair in zip(self.recording.inputs[call], arrays, strict=True)]
+        laid_out = [self.layouts.find(*pair)[0] for pair in zip(self.recording.inputs[call], arrays, strict=True)]
         fits = all(array.shape == other.shape for array, other in zip(arrays, laid_out, strict=True))
         return laid_out if fits else None
 
     def leaving(self, call: Call, arrays: list[np.ndarray]) -> None:
         if call == self.call:
             pairs = zip(self.recording.outputs[call], arrays, strict=False)
-            self.outputs = [in_layout_of(*pair)[1](pair[1]) for pair in pairs]
+            self.outputs = [self.layouts.find(*pair)[1](pair[1]) for pair in pairs]
 
 
 class _Replay:

@@ -11,7 +11,7 @@ from torch import nn
 
 from modelspec import get_config
 from parity import check, layers
-from parity.blocks import Comparing, Recording, RecordingTooLarge, block_of, blocks, in_layout_of
+from parity.blocks import Comparing, Layouts, Recording, RecordingTooLarge, block_of, blocks, in_layout_of
 from parity.layers import heat_map
 from parity.taps import KerasTap, TorchTap
 from parity.variants import reduced
@@ -168,3 +168,15 @@ def test_layouts_are_found_out_and_undone(shape, seed, moved):
     actual = reference if moved is None or len(shape) < 3 else np.moveaxis(reference, *moved)
     expected, back = in_layout_of(reference, actual)
     assert np.array_equal(expected, actual) and np.array_equal(back(actual), reference)
+
+
+def test_where_shapes_and_numbers_cannot_tell_a_layout_it_is_the_last_that_was_clear():
+    first, second = np.random.default_rng(0).random((2, 1, 4, 4, 4))
+    for moved in ((1, -1), None):
+        layouts = Layouts()
+        clear = first if moved is None else np.moveaxis(first, *moved)
+        layouts.find(first, clear)
+        wrong = np.random.default_rng(1).random((1, 4, 4, 4)) * 100
+        expected, back = layouts.find(second, wrong)
+        assert np.array_equal(expected, second if moved is None else np.moveaxis(second, *moved))
+        assert np.array_equal(back(expected), second)

@@ -271,7 +271,7 @@ def clipped(model):
     import keras
 
     layer = model.nat.encoder.levels[0].layers[1].output
-    replace_call(layer, lambda original, x: keras.ops.clip(original(x), -2.0, 2.0))
+    replace_call(layer, lambda original, x: keras.ops.clip(original(x), -0.5, 0.5))
 
 
 def a_detour_through_float32(model):
