@@ -143,25 +143,32 @@ def _wrong_outputs(layer: str, reference: Reference, actual: Tap) -> list[np.nda
 
 
 class _Only:
-    """Gives one layer the recorded inputs at its first call, and keeps what it makes of them; an observer."""
+    """Lets one layer run freely and forces all others, and keeps what it makes of right inputs; an observer."""
 
     def __init__(self, layer: str, reference: Reference):
-        self.call: Call = (layer, 0)
+        self.layer = layer
         self.recording = reference.recording
         self.layouts = Layouts()
         self.outputs: list[np.ndarray] = []
 
     def entering(self, call: Call, parent: str, arrays: list[np.ndarray]) -> list[np.ndarray] | None:
-        if call != self.call or len(arrays) != len(self.recording.inputs[call]):
+        return self._recorded(self.recording.inputs.get(call), call, arrays)
+
+    def leaving(self, call: Call, arrays: list[np.ndarray]) -> list[np.ndarray] | None:
+        recorded = self.recording.outputs.get(call)
+        if call == (self.layer, 0):
+            pairs = zip(recorded, arrays, strict=False)
+            self.outputs = [self.layouts.find(*pair)[1](pair[1]) for pair in pairs]
+        return self._recorded(recorded, call, arrays)
+
+    def _recorded(
+        self, recorded: list[np.ndarray] | None, call: Call, arrays: list[np.ndarray]
+    ) -> list[np.ndarray] | None:
+        if recorded is None or len(recorded) != len(arrays) or call[0].startswith(f"{self.layer}."):
             return None
-        laid_out = [self.layouts.find(*pair)[0] for pair in zip(self.recording.inputs[call], arrays, strict=True)]
+        laid_out = [self.layouts.find(*pair)[0] for pair in zip(recorded, arrays, strict=True)]
         fits = all(array.shape == other.shape for array, other in zip(arrays, laid_out, strict=True))
         return laid_out if fits else None
-
-    def leaving(self, call: Call, arrays: list[np.ndarray]) -> None:
-        if call == self.call:
-            pairs = zip(self.recording.outputs[call], arrays, strict=False)
-            self.outputs = [self.layouts.find(*pair)[1](pair[1]) for pair in pairs]
 
 
 class _Replay:
