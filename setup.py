@@ -16,7 +16,7 @@ FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=fast"
 INSTRUCTION_SETS = {"baseline": (16, [])}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS |= {
-        "avx2": (32, ["-mavx2", "-mfma"]),
+        "avx2": (32, ["-mavx2", "-mfma", "-mf16c"]),
         "avx512": (64, ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma"]),
     }
 

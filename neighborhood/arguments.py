@@ -16,7 +16,6 @@ def check_arguments(
     kernel_size: PerAxis,
     dilation: PerAxis,
     rel_pos_bias: Sequence[Size] | None = None,
-    max_axes: int = MAX_AXES,
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Checks the shapes of a call and returns its kernel size and dilation, one entry per spatial axis.
 
@@ -24,15 +23,15 @@ def check_arguments(
         query, key, value: shapes (B, *spatial, heads, head_dim); a size that is no integer is unknown and fits.
         kernel_size, dilation: a number, or one per axis.
         rel_pos_bias: shape (heads, 2 * kernel_size - 1 per axis), or None without a bias.
-        max_axes: the number of spatial axes that the caller can do.
 
     Raises:
         ValueError: shapes that do not go together, a window that does not fit.
     """
     axes = len(query) - 3
-    if not 1 <= axes <= max_axes:
-        numbers = {1: "one spatial axis", 2: "one or two spatial axes", 3: "one to three spatial axes"}[max_axes]
-        raise ValueError(f"query has shape {_text(query)}; give (B, *spatial, heads, head_dim), {numbers}")
+    if not 1 <= axes <= MAX_AXES:
+        raise ValueError(
+            f"query has shape {_text(query)}; give (B, *spatial, heads, head_dim), one to three spatial axes"
+        )
     for name, shape in (("key", key), ("value", value)):
         if not _fits(shape, query):
             raise ValueError(f"query has shape {_text(query)} and {name} {_text(shape)}; they must be equal")

@@ -12,15 +12,16 @@ from pathlib import Path
 
 import numpy as np
 
-from neighborhood.arguments import check_arguments
+from neighborhood.arguments import MAX_AXES, check_arguments
 from neighborhood.windows import PerAxis
 
 LIBRARY = Path(__file__).with_name("libneighborhood.so")
 # TensorFlow's ops, on top of LIBRARY: for tf.load_op_library, which needs nothing else of this package.
 TENSORFLOW_LIBRARY = Path(__file__).with_name("libneighborhood_tensorflow.so")
 
-DTYPES = ("float32", "float64")
-MAX_AXES = 2
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+# Their numbers in the C interface. NumPy has no bfloat16: that of ml_dtypes, or its bits as uint16.
+_TYPES = {name: number for number, name in enumerate(DTYPES)} | {"uint16": 3}
 
 
 class NativeUnavailableError(RuntimeError):
@@ -31,8 +32,9 @@ class _Shape(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int64)
         for name in (
-            *("batch", "height", "width", "heads", "head_dim"),
-            *("kernel_height", "kernel_width", "dilation_height", "dilation_width"),
+            *("batch", "depth", "height", "width", "heads", "head_dim"),
+            *("kernel_depth", "kernel_height", "kernel_width"),
+            *("dilation_depth", "dilation_height", "dilation_width"),
         )
     ]
 
@@ -106,7 +108,7 @@ def neighborhood_attention(
     scale: float | None = None,
     threads: int = 0,
 ) -> np.ndarray:
-    """As `neighborhood.reference.neighborhood_attention`, in the dtype of `query` (float32 or float64), 1-D or 2-D."""
+    """As `neighborhood.reference.neighborhood_attention`, in the dtype of `query`, see `forward`."""
     arrays = [np.ascontiguousarray(array) for array in (query, key, value)]
     bias = None if rel_pos_bias is None else np.ascontiguousarray(rel_pos_bias)
     output = np.empty(arrays[0].shape, arrays[0].dtype)
@@ -130,12 +132,13 @@ def forward(
     """Writes neighborhood attention into `output`, and what `backward` needs into `logsumexp`.
 
     Args:
-        query, key, value: (B, *spatial, heads, head_dim), one or two spatial axes, contiguous, float32 or float64.
+        query, key, value: (B, *spatial, heads, head_dim), one to three spatial axes, contiguous, float32, float64,
+            float16 or bfloat16 (of ml_dtypes, or its bits as uint16); the last two are computed in float32.
         rel_pos_bias: (heads, 2 * kernel_size - 1 per axis), or None.
         kernel_size, dilation: a number, or one per axis.
         scale: factor on the dot products; head_dim**-0.5 when None.
         output: like query.
-        logsumexp: (B, *spatial, heads): the logarithm of the sum of the exponentials of a query's logits.
+        logsumexp: (B, *spatial, heads), float64: the logarithm of the sum of the exponentials of a query's logits.
         threads: how many threads may work; 0 is the default.
 
     Raises:
@@ -188,13 +191,13 @@ class _Call:
 
     def __init__(self, query: np.ndarray, kernel_size: PerAxis, dilation: PerAxis):
         shape = query.shape
-        kernel_size, dilation = check_arguments(shape, shape, shape, kernel_size, dilation, max_axes=MAX_AXES)
-        if query.dtype.name not in DTYPES:
-            raise ValueError(f"query is {query.dtype.name}; the kernels take {' and '.join(DTYPES)}")
+        kernel_size, dilation = check_arguments(shape, shape, shape, kernel_size, dilation)
+        if query.dtype.name not in _TYPES:
+            raise ValueError(f"query is {query.dtype.name}; the kernels take {', '.join(DTYPES)}")
         self.query = query
-        self.type = DTYPES.index(query.dtype.name)
+        self.type = _TYPES[query.dtype.name]
         self.bias_shape = (query.shape[-2], *(2 * kernel - 1 for kernel in kernel_size))
-        one = (1,) * (MAX_AXES - len(kernel_size))  # a line is a map of height 1
+        one = (1,) * (MAX_AXES - len(kernel_size))  # a line is a volume of one plane and one row
         self.shape = _Shape(query.shape[0], *one, *query.shape[1:], *one, *kernel_size, *one, *dilation)
 
     def scale(self, scale: float | None) -> float:
@@ -204,14 +207,19 @@ class _Call:
 
     def pointers(self, tokens: dict, biases: dict, logsumexp: dict) -> list[int | None]:
         """Checks named arrays and returns where their data is."""
-        expected = [(tokens, self.query.shape), (biases, self.bias_shape), (logsumexp, self.query.shape[:-1])]
+        dtype, shape = self.query.dtype, self.query.shape
+        expected = [
+            (tokens, shape, dtype),
+            (biases, self.bias_shape, dtype),
+            (logsumexp, shape[:-1], np.dtype(np.float64)),
+        ]
         pointers = []
-        for arrays, shape in expected:
+        for arrays, shape, dtype in expected:
             for name, array in arrays.items():
-                if array is not None and (array.shape != shape or array.dtype != self.query.dtype):
+                if array is not None and (array.shape != shape or array.dtype != dtype):
                     raise ValueError(
                         f"{name} has shape {array.shape} and dtype {array.dtype.name}; "
-                        f"it must have {shape} and {self.query.dtype.name}"
+                        f"it must have {shape} and {dtype.name}"
                     )
                 if array is not None and not array.flags.c_contiguous:
                     raise ValueError(f"{name} is not contiguous")

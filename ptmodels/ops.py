@@ -15,7 +15,7 @@ from neighborhood.choice import choose
 from neighborhood.windows import PerAxis
 from ptmodels import composed_attention
 
-_DTYPES = (torch.float32, torch.float64)
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def neighborhood_attention(
@@ -42,8 +42,8 @@ def neighborhood_attention(
         scale: factor on the dot products; head_dim**-0.5 by default.
         dropout: applied to the probabilities.
         return_probabilities: whether to return them too, after dropout.
-        implementation: "native", "composed", or "auto": native for float32 and float64 on the CPU, in one or two
-            dimensions, when neither dropout nor probabilities are asked for.
+        implementation: "native", "composed", or "auto": native on the CPU, in float32, float64, float16 or bfloat16 (the
+            last two computed in float32), when neither dropout nor probabilities are asked for.
 
     Returns:
         (B, *spatial, heads, head_dim); and, when asked for, the probabilities (B, *spatial, heads, keys), the keys of
@@ -64,9 +64,7 @@ def neighborhood_attention(
         if query.device.type != "cpu":
             return f"the kernels run on the CPU, and query is on {query.device}"
         if query.dtype not in _DTYPES:
-            return f"the kernels take float32 and float64, and query is {query.dtype}"
-        if query.ndim - 3 > native.MAX_AXES:
-            return "the kernels work in one and two dimensions"
+            return f"the kernels take {', '.join(native.DTYPES)}, and query is {query.dtype}"
         if torch.onnx.is_in_onnx_export():
             return "ONNX has no such operator"
         return None
@@ -114,11 +112,11 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     """Returns the attention and, for the backward, the log-sum-exp of each query's logits (B, *spatial, heads)."""
     output = torch.empty(query.shape, dtype=query.dtype)
-    logsumexp = torch.empty(query.shape[:-1], dtype=query.dtype)
+    logsumexp = torch.empty(query.shape[:-1], dtype=torch.float64)
     native.forward(
         *map(_array, (query, key, value, rel_pos_bias)),
         *(kernel_size, dilation, scale),
-        output=output.numpy(),
+        output=_array(output),
         logsumexp=logsumexp.numpy(),
         threads=torch.get_num_threads(),
     )
@@ -127,7 +125,7 @@ def _attention(
 
 @_attention.register_fake
 def _(query, key, value, rel_pos_bias, kernel_size, dilation, scale):
-    return query.new_empty(query.shape), query.new_empty(query.shape[:-1])
+    return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=torch.float64)
 
 
 @torch.library.custom_op("neighborhood::attention_backward", mutates_args=(), device_types="cpu")
@@ -149,10 +147,8 @@ def _attention_backward(
         *map(_array, (query, key, value, rel_pos_bias)),
         *(kernel_size, dilation, scale),
         *map(_array, (logsumexp, grad_output)),
-        grad_query=grads[0].numpy(),
-        grad_key=grads[1].numpy(),
-        grad_value=grads[2].numpy(),
-        grad_rel_pos_bias=None if rel_pos_bias is None else grad_bias.numpy(),
+        **dict(zip(("grad_query", "grad_key", "grad_value"), map(_array, grads), strict=True)),
+        grad_rel_pos_bias=None if rel_pos_bias is None else _array(grad_bias),
         threads=torch.get_num_threads(),
     )
     return *grads, grad_bias
@@ -165,7 +161,11 @@ def _(grad_output, query, key, value, rel_pos_bias, logsumexp, kernel_size, dila
 
 
 def _array(tensor: Tensor | None):
-    return None if tensor is None else tensor.detach().contiguous().numpy()
+    """The memory of a tensor, or of a copy if it is not contiguous, as an array; bfloat16 as its bits."""
+    if tensor is None:
+        return None
+    tensor = tensor.detach().contiguous()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def _save_forward(ctx, inputs, output):

@@ -18,8 +18,6 @@ from neighborhood.choice import choose
 from neighborhood.windows import PerAxis
 from tfmodels import composed_attention
 
-_DTYPES = ("float32", "float64")
-
 
 def neighborhood_attention(
     query,
@@ -45,8 +43,8 @@ def neighborhood_attention(
         scale: factor on the dot products; head_dim**-0.5 by default.
         dropout: applied to the probabilities.
         return_probabilities: whether to return them too, after dropout.
-        implementation: "native", "composed", or "auto": native for float32 and float64 on the CPU, in one or two
-            dimensions, outside of XLA, when neither dropout nor probabilities are asked for.
+        implementation: "native", "composed", or "auto": native on the CPU outside of XLA, in float32, float64, float16
+            or bfloat16 (the last two computed in float32), when neither dropout nor probabilities are asked for.
 
     Returns:
         (B, *spatial, heads, head_dim); and, when asked for, the probabilities (B, *spatial, heads, keys), the keys of
@@ -114,10 +112,8 @@ def _neighborhood_attention(
     def obstacle() -> str | None:
         if dropout is not None or return_probabilities:
             return "the kernels keep no probabilities, for dropout or to return them"
-        if query.dtype.name not in _DTYPES:
-            return f"the kernels take float32 and float64, and query is {query.dtype.name}"
-        if len(query.shape) - 3 > native.MAX_AXES:
-            return "the kernels work in one and two dimensions"
+        if query.dtype.name not in native.DTYPES:
+            return f"the kernels take {', '.join(native.DTYPES)}, and query is {query.dtype.name}"
         if _is_compiled_by_xla():
             return "XLA compiles no operations of others"
         if not _is_on_cpu(query):

@@ -4,7 +4,10 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <new>
+#include <stdexcept>
+#include <type_traits>
 #include <vector>
 
 #include "kernels.h"
@@ -76,110 +79,123 @@ const char* check_axis(const char* name, int64_t length, int64_t kernel, int64_t
 }
 
 const char* check(const NeighborhoodShape& s, bool* empty) {
-  const int64_t sizes[] = {s.batch, s.height, s.width, s.heads, s.head_dim};
+  const int64_t sizes[] = {s.batch, s.depth, s.height, s.width, s.heads, s.head_dim};
   *empty = false;
   for (const int64_t size : sizes) {
     if (size < 0) return fail("a size is negative: %lld", (long long)size);
     *empty = *empty || size == 0;
   }
+  if (const char* problem = check_axis("depth", s.depth, s.kernel_depth, s.dilation_depth)) return problem;
   if (const char* problem = check_axis("height", s.height, s.kernel_height, s.dilation_height)) return problem;
   if (const char* problem = check_axis("width", s.width, s.kernel_width, s.dilation_width)) return problem;
+  // These bounds leave room for all sizes of working memory.
+  int64_t window = s.kernel_width;
+  if (window >> 20 || __builtin_mul_overflow(window, s.kernel_height, &window) ||
+      __builtin_mul_overflow(window, s.kernel_depth, &window) || window >> 32)
+    return fail("the window is too large");
   int64_t elements = 1;
   for (const int64_t size : sizes)
-    if (__builtin_mul_overflow(elements, std::max<int64_t>(size, 1), &elements)) return fail("too many elements");
-  const int64_t keys[] = {2 * s.kernel_height, 2 * s.kernel_width, 8 * kRowBlock, 64};
-  int64_t window = 1;
-  for (const int64_t size : keys)
-    if (__builtin_mul_overflow(window, size, &window)) return fail("the window is too large");
+    if (__builtin_mul_overflow(elements, std::max<int64_t>(size, 1), &elements) || elements >> 46)
+      return fail("too many elements");
   return nullptr;
 }
 
 Shape get_shape(const NeighborhoodShape& s) {
   return {s.batch,
-          s.height,
-          s.width,
+          {s.depth, s.height, s.width},
           s.heads,
           s.head_dim,
-          {s.kernel_height, s.kernel_width},
-          {s.dilation_height, s.dilation_width}};
+          {s.kernel_depth, s.kernel_height, s.kernel_width},
+          {s.dilation_depth, s.dilation_height, s.dilation_width}};
 }
 
-template <typename T>
-const Kernels<T>& kernels_of(const InstructionSet& set);
-template <>
-const Kernels<float>& kernels_of(const InstructionSet& set) {
-  return set.float32;
+template <typename S>
+const Kernels<S>& kernels_of(const InstructionSet& set) {
+  if constexpr (std::is_same<S, float>::value)
+    return set.float32;
+  else if constexpr (std::is_same<S, double>::value)
+    return set.float64;
+  else if constexpr (std::is_same<S, Float16>::value)
+    return set.float16;
+  else
+    return set.bfloat16;
 }
-template <>
-const Kernels<double>& kernels_of(const InstructionSet& set) {
-  return set.float64;
-}
 
-// Bands of rows of the maps: `rows` each, the same for all.
-struct Bands {
-  int64_t maps, rows, per_map;
-
-  Bands(const Shape& shape, int64_t rows_wanted) : maps(count_maps(shape)) {
-    const int64_t height = (shape.height + shape.dilation[0] - 1) / shape.dilation[0];
-    rows = std::min(height, (std::max<int64_t>(rows_wanted, 1) + kRowBlock - 1) / kRowBlock * kRowBlock);
-    per_map = (height + rows - 1) / rows;
-  }
-  int64_t count() const { return maps * per_map; }
-};
-
-// Runs work(map, band, begin, end, memory) for every band, in parallel.
+// Runs work(begin, end, memory) for all bands, in parallel.
 template <typename Work>
 const char* run(const Shape& shape, const Bands& bands, size_t bytes, int threads, Work work) {
   std::atomic<bool> failed{false};
+  const int64_t count = bands.count(shape);
   // neighbouring small maps go together, so that a thread does not ask for work too often
-  const int64_t chunk = std::max<int64_t>(1, bands.count() / (16 * std::max(threads, 1)));
-  parallel_for((bands.count() + chunk - 1) / chunk, threads, [&](int64_t part) {
+  const int64_t chunk = std::max<int64_t>(1, count / (16 * std::max(threads, 1)));
+  parallel_for((count + chunk - 1) / chunk, threads, [&](int64_t part) {
     void* memory = working_memory(bytes);
-    if (!memory) failed = true;
-    for (int64_t i = part * chunk; i < std::min((part + 1) * chunk, bands.count()) && !failed; i++) {
-      const Map map = get_map(shape, i / bands.per_map);
-      const int64_t begin = i % bands.per_map * bands.rows;
-      const int64_t end = std::min(begin + bands.rows, map.rows.length);
-      if (begin < end) work(map, i, begin, end, memory);
-    }
+    if (memory)
+      work(part * chunk, std::min((part + 1) * chunk, count), memory);
+    else
+      failed = true;
     release_working_memory();
   });
   return failed ? fail("out of memory: %zu bytes of working memory per thread", bytes) : nullptr;
 }
 
-template <typename T>
-const char* forward(const InstructionSet& set, const Shape& shape, const ForwardArguments<T>& arguments, int threads) {
-  const Kernels<T>& kernels = kernels_of<T>(set);
+// A bias table in the type that is computed in.
+template <typename S>
+class Table {
+ public:
+  typedef typename ComputeType<S>::Type T;
+
+  Table(const Kernels<S>& kernels, const void* table, int64_t count) {
+    if constexpr (std::is_same<S, T>::value) {
+      data_ = static_cast<const T*>(table);
+    } else if (table) {
+      converted_.resize(count);
+      kernels.widen(static_cast<const S*>(table), count, converted_.data());
+      data_ = converted_.data();
+    }
+  }
+  const T* data() const { return data_; }
+
+ private:
+  std::vector<T> converted_;
+  const T* data_ = nullptr;
+};
+
+template <typename S>
+const char* forward(const Kernels<S>& kernels, const Shape& shape, const ForwardArguments<S>& arguments, int threads) {
   // whole maps if they keep all threads busy; results do not depend on it
-  const int64_t maps = count_maps(shape), height = (shape.height + shape.dilation[0] - 1) / shape.dilation[0];
-  const int64_t wanted = (4 * threads + maps - 1) / maps;
-  const bool whole = threads == 1 || maps >= 4 * threads;
-  const Bands bands(shape, whole ? height : std::max<int64_t>((height + wanted - 1) / wanted, shape.kernel[0]));
-  return run(shape, bands, kernels.forward_scratch(shape), threads,
-             [&](const Map& map, int64_t, int64_t begin, int64_t end, void* memory) {
-               kernels.forward(shape, arguments, map, begin, end, memory);
-             });
+  const Bands whole(shape, INT64_MAX / 2);
+  const int64_t maps = shape.maps(), longest = shape.longest(whole.axis), wanted = (4 * threads + maps - 1) / maps;
+  const bool keep = threads == 1 || maps >= 4 * threads || shape.has_dense_maps();
+  const Bands bands =
+      keep ? whole : Bands(shape, std::max<int64_t>((longest + wanted - 1) / wanted, shape.kernel[whole.axis]));
+  return run(shape, bands, kernels.forward_scratch(shape), threads, [&](int64_t begin, int64_t end, void* memory) {
+    kernels.forward(shape, arguments, bands, begin, end, memory);
+  });
 }
 
-template <typename T>
-const char* backward(const InstructionSet& set, const Shape& shape, const BackwardArguments<T>& arguments, T* grad_bias,
+template <typename S>
+const char* backward(const Kernels<S>& kernels, const Shape& shape, BackwardArguments<S> arguments, S* grad_bias,
                      int threads) {
-  const Kernels<T>& kernels = kernels_of<T>(set);
+  typedef typename ComputeType<S>::Type T;
   // Sums of the bias' gradient depend on the bands, so these depend on the shape alone.
-  const int64_t rows = std::max<int64_t>(24, 3 * shape.kernel[0]);
-  const Bands bands(shape, count_maps(shape) >= 32 ? shape.height : rows);
-  const int64_t table = (2 * shape.kernel[0] - 1) * (2 * shape.kernel[1] - 1);
-  std::vector<T> parts(grad_bias ? bands.count() * table : 0);
-  const char* problem = run(shape, bands, kernels.backward_scratch(shape), threads,
-                            [&](const Map& map, int64_t band, int64_t begin, int64_t end, void* memory) {
-                              T* part = grad_bias ? parts.data() + band * table : nullptr;
-                              kernels.backward(shape, arguments, map, begin, end, part, memory);
-                            });
+  const Bands whole(shape, INT64_MAX / 2);
+  const bool keep = shape.maps() >= 32 || shape.has_dense_maps();
+  const Bands bands = keep ? whole : Bands(shape, std::max<int64_t>(24, 3 * shape.kernel[whole.axis]));
+  const int64_t table = shape.table(), count = bands.count(shape);
+  std::vector<T> parts(grad_bias ? count * table : 0);
+  arguments.grad_bias = grad_bias ? parts.data() : nullptr;
+  const char* problem = run(
+      shape, bands, kernels.backward_scratch(shape), threads,
+      [&](int64_t begin, int64_t end, void* memory) { kernels.backward(shape, arguments, bands, begin, end, memory); });
   if (problem || !grad_bias) return problem;
   std::vector<double> sums(shape.heads * table);
-  for (int64_t band = 0; band < bands.count(); band++)
-    for (int64_t i = 0; i < table; i++) sums[band / bands.per_map % shape.heads * table + i] += parts[band * table + i];
-  std::copy(sums.begin(), sums.end(), grad_bias);
+  for (int64_t band = 0; band < count; band++) {
+    double* head = sums.data() + get_map(shape, band / bands.per_map).head * table;
+    for (int64_t i = 0; i < table; i++) head[i] += parts[band * table + i];
+  }
+  const std::vector<T> rounded(sums.begin(), sums.end());
+  kernels.narrow(rounded.data(), shape.heads * table, grad_bias);
   return nullptr;
 }
 
@@ -189,6 +205,8 @@ const char* guard(Function function) {
   try {
     return function();
   } catch (const std::bad_alloc&) {
+    return fail("out of memory");
+  } catch (const std::length_error&) {
     return fail("out of memory");
   } catch (...) {
     return fail("an unexpected error");
@@ -200,51 +218,80 @@ const char* guard(Function function) {
 
 using namespace neighborhood;  // NOLINT: the functions below have C names
 
+// Calls function(zero) with a zero of the type of that number.
+template <typename Function>
+static const char* with_type(int type, Function function) {
+  switch (type) {
+    case kNeighborhoodFloat32:
+      return guard([&] { return function(float()); });
+    case kNeighborhoodFloat64:
+      return guard([&] { return function(double()); });
+    case kNeighborhoodFloat16:
+      return guard([&] { return function(Float16()); });
+    case kNeighborhoodBFloat16:
+      return guard([&] { return function(BFloat16()); });
+    default:
+      return fail("the type is %d; it must be 0 to 3", type);
+  }
+}
+
+static const char* check_pointers(std::initializer_list<const void*> pointers) {
+  for (const void* pointer : pointers)
+    if (!pointer) return fail("a tensor that is needed is null");
+  return nullptr;
+}
+
 const char* neighborhood_forward(int type, const NeighborhoodShape* shape, const void* query, const void* key,
-                                 const void* value, const void* bias, void* output, void* logsumexp, double scale,
+                                 const void* value, const void* bias, void* output, double* logsumexp, double scale,
                                  int threads) {
   const InstructionSet* set;
   bool empty;
   if (const char* problem = get_instruction_set(&set)) return problem;
+  if (const char* problem = check_pointers({shape})) return problem;
   if (const char* problem = check(*shape, &empty)) return problem;
-  if (empty) return nullptr;
   if (threads <= 0) threads = default_threads();
   const Shape sizes = get_shape(*shape);
-  const auto run = [&](auto zero) {
-    typedef decltype(zero) T;
-    return forward<T>(*set, sizes,
-                      {static_cast<const T*>(query), static_cast<const T*>(key), static_cast<const T*>(value),
-                       static_cast<const T*>(bias), static_cast<T*>(output), static_cast<T*>(logsumexp), scale},
+  return with_type(type, [&](auto zero) -> const char* {
+    typedef decltype(zero) S;
+    if (empty) return nullptr;
+    if (const char* problem = check_pointers({query, key, value, output})) return problem;
+    const Kernels<S>& kernels = kernels_of<S>(*set);
+    const Table<S> table(kernels, bias, sizes.heads * sizes.table());
+    return forward<S>(kernels, sizes,
+                      {static_cast<const S*>(query), static_cast<const S*>(key), static_cast<const S*>(value),
+                       table.data(), static_cast<S*>(output), logsumexp, scale},
                       threads);
-  };
-  return guard([&] { return type == kNeighborhoodFloat64 ? run(0.0) : run(0.0f); });
+  });
 }
 
 const char* neighborhood_backward(int type, const NeighborhoodShape* shape, const void* query, const void* key,
-                                  const void* value, const void* bias, const void* logsumexp, const void* grad_output,
+                                  const void* value, const void* bias, const double* logsumexp, const void* grad_output,
                                   void* grad_query, void* grad_key, void* grad_value, void* grad_bias, double scale,
                                   int threads) {
   const InstructionSet* set;
   bool empty;
   if (const char* problem = get_instruction_set(&set)) return problem;
+  if (const char* problem = check_pointers({shape})) return problem;
   if (const char* problem = check(*shape, &empty)) return problem;
   if (threads <= 0) threads = default_threads();
   const Shape sizes = get_shape(*shape);
-  const auto run = [&](auto zero) {
-    typedef decltype(zero) T;
+  return with_type(type, [&](auto zero) -> const char* {
+    typedef decltype(zero) S;
     if (empty) {  // nothing depends on the bias
-      const int64_t table = (2 * sizes.kernel[0] - 1) * (2 * sizes.kernel[1] - 1);
-      if (grad_bias) std::fill_n(static_cast<T*>(grad_bias), sizes.heads * table, zero);
-      return static_cast<const char*>(nullptr);
+      if (grad_bias) std::memset(grad_bias, 0, sizes.heads * sizes.table() * sizeof(S));
+      return nullptr;
     }
-    return backward<T>(
-        *set, sizes,
-        {static_cast<const T*>(query), static_cast<const T*>(key), static_cast<const T*>(value),
-         static_cast<const T*>(bias), static_cast<const T*>(logsumexp), static_cast<const T*>(grad_output),
-         static_cast<T*>(grad_query), static_cast<T*>(grad_key), static_cast<T*>(grad_value), scale},
-        static_cast<T*>(grad_bias), threads);
-  };
-  return guard([&] { return type == kNeighborhoodFloat64 ? run(0.0) : run(0.0f); });
+    if (const char* problem =
+            check_pointers({query, key, value, logsumexp, grad_output, grad_query, grad_key, grad_value}))
+      return problem;
+    const Kernels<S>& kernels = kernels_of<S>(*set);
+    const Table<S> table(kernels, bias, sizes.heads * sizes.table());
+    return backward<S>(kernels, sizes,
+                       {static_cast<const S*>(query), static_cast<const S*>(key), static_cast<const S*>(value),
+                        table.data(), logsumexp, static_cast<const S*>(grad_output), static_cast<S*>(grad_query),
+                        static_cast<S*>(grad_key), static_cast<S*>(grad_value), nullptr, scale},
+                       static_cast<S*>(grad_bias), threads);
+  });
 }
 
 const char* neighborhood_instruction_set() {

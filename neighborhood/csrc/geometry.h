@@ -1,8 +1,8 @@
 // Where windows lie and where maps lie in memory: the index arithmetic of neighborhood/windows.py, for the kernels.
 //
 // Dilation splits an axis into groups of equal remainder; within a group a window is a run of neighbours. So a dilated
-// problem is many undilated ones, one per group, whose rows and columns lie further apart in memory: kernels see only
-// those, as `Map`.
+// problem is many undilated ones, one per group, whose elements lie further apart in memory: kernels see only those, as
+// `Map`.
 #ifndef NEIGHBORHOOD_GEOMETRY_H_
 #define NEIGHBORHOOD_GEOMETRY_H_
 
@@ -10,10 +10,25 @@
 
 namespace neighborhood {
 
-// The sizes of one call. Tensors are contiguous: (batch, height, width, heads, head_dim).
+constexpr int kAxes = 3;  // planes, rows, columns
+
+// The sizes of one call. Tensors are contiguous: (batch, depth, height, width, heads, head_dim).
 struct Shape {
-  int64_t batch, height, width, heads, head_dim;
-  int64_t kernel[2], dilation[2];  // height, width
+  int64_t batch, size[kAxes], heads, head_dim;
+  int64_t kernel[kAxes], dilation[kAxes];
+
+  // Of the longest dilation group.
+  int64_t longest(int axis) const { return (size[axis] + dilation[axis] - 1) / dilation[axis]; }
+  int64_t maps() const { return batch * dilation[0] * dilation[1] * dilation[2] * heads; }
+  int64_t window() const { return kernel[0] * kernel[1] * kernel[2]; }
+  // Whether some map is one window, and small enough for plain attention.
+  bool has_dense_maps() const {
+    for (int axis = 0; axis < kAxes; axis++)
+      if (size[axis] / dilation[axis] != kernel[axis]) return false;
+    return window() <= 1024;  // more would leave the caches
+  }
+  // Entries of one head's bias table.
+  int64_t table() const { return (2 * kernel[0] - 1) * (2 * kernel[1] - 1) * (2 * kernel[2] - 1); }
 };
 
 // One axis of a dilation group.
@@ -42,32 +57,61 @@ struct Axis {
 
 // One head of one dilation group of one sample.
 struct Map {
-  int64_t offset;                     // of its first element, in a (batch, height, width, heads, head_dim) tensor
-  int64_t row_stride, column_stride;  // in elements of that tensor
   int64_t head;
-  Axis rows, columns;
+  int64_t offset;         // of its first element, in a tensor of tokens
+  int64_t stride[kAxes];  // in elements of that tensor
+  Axis axis[kAxes];
+
+  const Axis& planes() const { return axis[0]; }
+  const Axis& rows() const { return axis[1]; }
+  const Axis& columns() const { return axis[2]; }
+  // Whether every window is the whole map.
+  bool is_dense() const {
+    for (const Axis& a : axis)
+      if (a.length != a.kernel) return false;
+    return true;
+  }
 };
 
-inline int64_t count_maps(const Shape& shape) {
-  return shape.batch * shape.dilation[0] * shape.dilation[1] * shape.heads;
-}
-
+// Maps are numbered with dilation groups the fastest, then heads: neighbours share a bias, or at least a sample.
 inline Map get_map(const Shape& shape, int64_t index) {
   Map map;
+  int64_t group[kAxes];
+  for (int axis = kAxes - 1; axis >= 0; axis--) {
+    group[axis] = index % shape.dilation[axis];
+    index /= shape.dilation[axis];
+  }
   map.head = index % shape.heads;
-  index /= shape.heads;
-  const int64_t group_column = index % shape.dilation[1];
-  index /= shape.dilation[1];
-  const int64_t group_row = index % shape.dilation[0];
-  const int64_t sample = index / shape.dilation[0];
-  const int64_t position = (sample * shape.height + group_row) * shape.width + group_column;
+  int64_t position = index / shape.heads, stride = shape.heads * shape.head_dim;
+  for (int axis = 0; axis < kAxes; axis++) position = position * shape.size[axis] + group[axis];
   map.offset = (position * shape.heads + map.head) * shape.head_dim;
-  map.column_stride = shape.dilation[1] * shape.heads * shape.head_dim;
-  map.row_stride = shape.dilation[0] * shape.width * shape.heads * shape.head_dim;
-  map.rows = {(shape.height - group_row + shape.dilation[0] - 1) / shape.dilation[0], shape.kernel[0]};
-  map.columns = {(shape.width - group_column + shape.dilation[1] - 1) / shape.dilation[1], shape.kernel[1]};
+  for (int axis = kAxes - 1; axis >= 0; axis--) {
+    map.stride[axis] = stride * shape.dilation[axis];
+    map.axis[axis] = {(shape.size[axis] - group[axis] + shape.dilation[axis] - 1) / shape.dilation[axis],
+                      shape.kernel[axis]};
+    stride *= shape.size[axis];
+  }
   return map;
 }
+
+// Rows of queries that are worked on together. Bands begin at multiples of it, so that every key sums its contributions
+// in the same order however the map is cut.
+constexpr int64_t kRowBlock = 3;
+
+// A call's work, cut into bands: of planes where there are several, else of rows.
+struct Bands {
+  int axis;                 // that is cut
+  int64_t length, per_map;  // of a band; bands of a map
+
+  Bands(const Shape& shape, int64_t wanted) : axis(shape.size[0] > 1 ? 0 : 1) {
+    const int64_t longest = shape.longest(axis);
+    const int64_t multiple = axis == 0 ? 1 : kRowBlock;
+    length = ((wanted > 1 ? wanted : 1) + multiple - 1) / multiple * multiple;
+    if (length > longest) length = longest;
+    per_map = (longest + length - 1) / length;
+  }
+  int64_t count(const Shape& shape) const { return shape.maps() * per_map; }
+};
 
 }  // namespace neighborhood
 

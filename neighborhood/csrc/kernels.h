@@ -1,4 +1,4 @@
-// What one instruction set offers: attention of a band of rows of one map, forward and backward.
+// What one instruction set offers: attention of bands of maps, forward and backward.
 #ifndef NEIGHBORHOOD_KERNELS_H_
 #define NEIGHBORHOOD_KERNELS_H_
 
@@ -9,38 +9,61 @@
 
 namespace neighborhood {
 
-// Rows of queries that are worked on together. Bands of the backward begin at multiples of it, so that every key sums
-// its contributions in the same order however the map is cut.
-constexpr int64_t kRowBlock = 3;
+// Numbers of 16 bits, as they are stored.
+struct Float16 {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
 
-template <typename T>
+// The type in which stored numbers are computed with.
+template <typename S>
+struct ComputeType {
+  typedef S Type;
+};
+template <>
+struct ComputeType<Float16> {
+  typedef float Type;
+};
+template <>
+struct ComputeType<BFloat16> {
+  typedef float Type;
+};
+
+// S is the type of the tensors of tokens, T the one that is computed in.
+template <typename S>
 struct ForwardArguments {
-  const T *query, *key, *value;
-  const T* bias;  // (heads, 2 kernel - 1, 2 kernel - 1), or null
-  T* output;      // like query
-  T* logsumexp;   // (batch, height, width, heads), or null
+  typedef typename ComputeType<S>::Type T;
+  const S *query, *key, *value;
+  const T* bias;      // (heads, 2 kernel - 1 per axis), or null
+  S* output;          // like query
+  double* logsumexp;  // (batch, depth, height, width, heads), or null
   double scale;
 };
 
-template <typename T>
+template <typename S>
 struct BackwardArguments {
-  const T *query, *key, *value;
+  typedef typename ComputeType<S>::Type T;
+  const S *query, *key, *value;
   const T* bias;  // or null
-  const T *logsumexp, *grad_output;
-  T *grad_query, *grad_key, *grad_value;
+  const double* logsumexp;
+  const S* grad_output;
+  S *grad_query, *grad_key, *grad_value;
+  T* grad_bias;  // (bands, entries of a head's table): each band's part; or null
   double scale;
 };
 
-// All functions work on rows [begin, end) of one map and need `scratch` bytes of their own, aligned to 64.
-template <typename T>
+// Bands [begin, end) of a call, worked on with `scratch` bytes of the caller's memory, aligned to 64.
+template <typename S>
 struct Kernels {
+  typedef typename ComputeType<S>::Type T;
   size_t (*forward_scratch)(const Shape&);
-  void (*forward)(const Shape&, const ForwardArguments<T>&, const Map&, int64_t begin, int64_t end, void* scratch);
+  void (*forward)(const Shape&, const ForwardArguments<S>&, const Bands&, int64_t begin, int64_t end, void* scratch);
   size_t (*backward_scratch)(const Shape&);
-  // Gradients of the band's queries and of its keys and values; `grad_bias`, of (2 kernel - 1) squared, or null, is
-  // set to the part of the band's queries.
-  void (*backward)(const Shape&, const BackwardArguments<T>&, const Map&, int64_t begin, int64_t end, T* grad_bias,
-                   void* scratch);
+  void (*backward)(const Shape&, const BackwardArguments<S>&, const Bands&, int64_t begin, int64_t end, void* scratch);
+  void (*widen)(const S* from, int64_t count, T* to);
+  void (*narrow)(const T* from, int64_t count, S* to);
 };
 
 struct InstructionSet {
@@ -48,6 +71,8 @@ struct InstructionSet {
   bool (*supported)();
   Kernels<float> float32;
   Kernels<double> float64;
+  Kernels<Float16> float16;
+  Kernels<BFloat16> bfloat16;
 };
 
 }  // namespace neighborhood

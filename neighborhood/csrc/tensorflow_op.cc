@@ -23,7 +23,7 @@ struct TF_OpKernelContext;
 struct TF_Tensor;
 struct TF_Status;
 
-enum { kFloat = 1, kDouble = 2 };                                // TF_DataType
+enum { kFloat = 1, kDouble = 2, kBFloat16 = 14, kHalf = 19 };    // TF_DataType
 enum { kOk = 0, kInvalidArgument = 3, kResourceExhausted = 8 };  // TF_Code
 
 // X(result, name, arguments)
@@ -100,8 +100,8 @@ std::vector<int64_t> get_list(TF_OpKernelConstruction* construction, const char*
   int32_t size = 0, bytes = 0;
   TF_OpKernelConstruction_GetAttrSize(construction, name, &size, &bytes, status);
   if (!status.ok()) return {};
-  if (size != 1 && size != 2) {
-    status.fail(std::string(name) + " has " + std::to_string(size) + " entries; give one per spatial axis, 1 or 2");
+  if (size < 1 || size > 3) {
+    status.fail(std::string(name) + " has " + std::to_string(size) + " entries; give one per spatial axis, 1 to 3");
     return {};
   }
   std::vector<int64_t> values(size);
@@ -170,7 +170,7 @@ class Inputs {
 
 void* allocate(TF_OpKernelContext* context, int index, int type, const Dimensions& dimensions, Status& status) {
   if (!status.ok()) return nullptr;
-  size_t bytes = type == kDouble ? 8 : 4;
+  size_t bytes = type == kDouble ? 8 : type == kFloat ? 4 : 2;
   for (const int64_t size : dimensions) bytes *= size;
   TF_Tensor* tensor =
       TF_AllocateOutput(context, index, type, dimensions.data(), static_cast<int>(dimensions.size()), bytes, status);
@@ -201,7 +201,11 @@ struct Call {
     const size_t axes = attributes.kernel_size.size();
     if (query.size() != axes + 3) {
       status.fail("query has shape " + to_string(query) + "; with kernel_size for " + std::to_string(axes) +
-                  " axes it must be (batch, " + (axes == 2 ? "height, width" : "length") + ", heads, head_dim)");
+                  " axes it must be (batch, " +
+                  (axes == 3   ? "depth, height, width"
+                   : axes == 2 ? "height, width"
+                               : "length") +
+                  ", heads, head_dim)");
       return;
     }
     inputs.check(1, "key", query, status);
@@ -217,18 +221,23 @@ struct Call {
     if (!status.ok()) return;
     scale = *static_cast<const double*>(inputs.data(inputs.size() - 1));
     type = inputs.type(0);
-    const bool flat = axes == 1;
-    shape = {query[0],
-             flat ? 1 : query[1],
-             query[axes],
-             query[axes + 1],
-             query[axes + 2],
-             flat ? 1 : attributes.kernel_size[0],
-             attributes.kernel_size[axes - 1],
-             flat ? 1 : attributes.dilation[0],
-             attributes.dilation[axes - 1]};
+    // axes that are not there have one position
+    int64_t size[3] = {1, 1, 1}, kernel[3] = {1, 1, 1}, dilation[3] = {1, 1, 1};
+    for (size_t i = 0; i < axes; i++) {
+      const size_t axis = 3 - axes + i;
+      size[axis] = query[1 + i];
+      kernel[axis] = attributes.kernel_size[i];
+      dilation[axis] = attributes.dilation[i];
+    }
+    shape = {query[0],  size[0],   size[1],   size[2],     query[axes + 1], query[axes + 2],
+             kernel[0], kernel[1], kernel[2], dilation[0], dilation[1],     dilation[2]};
   }
-  int kernel_type() const { return type == kDouble ? kNeighborhoodFloat64 : kNeighborhoodFloat32; }
+  int kernel_type() const {
+    return type == kDouble     ? kNeighborhoodFloat64
+           : type == kHalf     ? kNeighborhoodFloat16
+           : type == kBFloat16 ? kNeighborhoodBFloat16
+                               : kNeighborhoodFloat32;
+  }
 };
 
 void compute(void* attributes, TF_OpKernelContext* context) {
@@ -236,10 +245,11 @@ void compute(void* attributes, TF_OpKernelContext* context) {
   const Inputs inputs(context, status);
   const Call call(*static_cast<Attributes*>(attributes), inputs, 0, status);
   void* output = allocate(context, 0, call.type, call.query, status);
-  void* logsumexp = allocate(context, 1, call.type, call.logsumexp, status);
+  void* logsumexp = allocate(context, 1, kDouble, call.logsumexp, status);
   if (status.ok())
-    if (const char* problem = neighborhood_forward(call.kernel_type(), &call.shape, inputs.data(0), inputs.data(1),
-                                                   inputs.data(2), call.bias_data, output, logsumexp, call.scale, 0))
+    if (const char* problem =
+            neighborhood_forward(call.kernel_type(), &call.shape, inputs.data(0), inputs.data(1), inputs.data(2),
+                                 call.bias_data, output, static_cast<double*>(logsumexp), call.scale, 0))
       status.fail(problem);
   if (!status.ok()) TF_OpKernelContext_Failure(context, status);
 }
@@ -257,9 +267,10 @@ void compute_gradient(void* attributes, TF_OpKernelContext* context) {
   for (int i = 0; i < 3; i++) grads[i] = allocate(context, i, call.type, call.query, status);
   void* grad_bias = call.bias_data ? allocate(context, 3, call.type, call.bias, status) : nullptr;
   if (status.ok())
-    if (const char* problem = neighborhood_backward(
-            call.kernel_type(), &call.shape, inputs.data(0), inputs.data(1), inputs.data(2), call.bias_data,
-            inputs.data(logsumexp), inputs.data(grad_output), grads[0], grads[1], grads[2], grad_bias, call.scale, 0))
+    if (const char* problem =
+            neighborhood_backward(call.kernel_type(), &call.shape, inputs.data(0), inputs.data(1), inputs.data(2),
+                                  call.bias_data, static_cast<const double*>(inputs.data(logsumexp)),
+                                  inputs.data(grad_output), grads[0], grads[1], grads[2], grad_bias, call.scale, 0))
       status.fail(problem);
   if (!status.ok()) TF_OpKernelContext_Failure(context, status);
 }
@@ -278,12 +289,12 @@ class ShapeHandle {
   TF_ShapeHandle* handle_;
 };
 
-// Reads an input that must be (batch, length, heads, head_dim) or have one axis more.
+// Reads an input that must be (batch, length, heads, head_dim) or have one or two axes more.
 void get_tokens(TF_ShapeInferenceContext* context, int input, TF_ShapeHandle* shape, TF_Status* status) {
   TF_ShapeInferenceContextGetInput(context, input, shape, status);
   if (TF_GetCode(status) != kOk || !TF_ShapeInferenceContextRankKnown(context, shape)) return;
   TF_ShapeInferenceContextWithRankAtLeast(context, shape, 4, shape, status);
-  if (TF_GetCode(status) == kOk) TF_ShapeInferenceContextWithRankAtMost(context, shape, 5, shape, status);
+  if (TF_GetCode(status) == kOk) TF_ShapeInferenceContextWithRankAtMost(context, shape, 6, shape, status);
 }
 
 void infer_shapes(TF_ShapeInferenceContext* context, TF_Status* status) {
@@ -332,12 +343,12 @@ void register_op(const char* name, const std::vector<const char*>& inputs, const
   TF_OpDefinitionBuilder* builder = TF_NewOpDefinitionBuilder(name);
   for (const char* input : inputs) TF_OpDefinitionBuilderAddInput(builder, input);
   for (const char* output : outputs) TF_OpDefinitionBuilderAddOutput(builder, output);
-  for (const char* attribute :
-       {"T: {float, double}", "num_bias: int >= 0", "kernel_size: list(int) >= 1", "dilation: list(int) >= 1"})
+  for (const char* attribute : {"T: {half, bfloat16, float, double}", "num_bias: int >= 0",
+                                "kernel_size: list(int) >= 1", "dilation: list(int) >= 1"})
     TF_OpDefinitionBuilderAddAttr(builder, attribute);
   TF_OpDefinitionBuilderSetShapeInferenceFunction(builder, infer);
   TF_RegisterOpDefinition(builder, status);
-  for (const int type : {kFloat, kDouble}) {
+  for (const int type : {kHalf, kBFloat16, kFloat, kDouble}) {
     if (!status.ok()) break;
     TF_KernelBuilder* kernel = TF_NewKernelBuilder(name, "CPU", create, compute, destroy);
     TF_KernelBuilder_TypeConstraint(kernel, "T", type, status);
@@ -350,9 +361,9 @@ void register_op(const char* name, const std::vector<const char*>& inputs, const
   if (!look_up_functions()) return false;
   register_op("Neighborhood>Attention",
               {"query: T", "key: T", "value: T", "rel_pos_bias: num_bias * T", "scale: double"},
-              {"output: T", "logsumexp: T"}, infer_shapes, compute);
+              {"output: T", "logsumexp: double"}, infer_shapes, compute);
   register_op("Neighborhood>AttentionGrad",
-              {"query: T", "key: T", "value: T", "rel_pos_bias: num_bias * T", "logsumexp: T", "grad_output: T",
+              {"query: T", "key: T", "value: T", "rel_pos_bias: num_bias * T", "logsumexp: double", "grad_output: T",
                "scale: double"},
               {"grad_query: T", "grad_key: T", "grad_value: T", "grad_rel_pos_bias: num_bias * T"},
               infer_gradient_shapes, compute_gradient);

@@ -23,6 +23,7 @@ CASES = [
     ((1, 16, 17, 3, 24), (4, 6), (3, 2), True),
     ((1, 7, 7, 1, 5), (7, 7), (1, 1), False),
     ((2, 50, 2, 8), (9,), (4,), True),
+    ((1, 5, 9, 11, 2, 6), (3, 4, 5), (1, 2, 1), True),
 ]
 
 
@@ -66,7 +67,7 @@ def differentiable(module, kernel_size, dilation, scale=0.3):
 
 def check_values_and_gradients(module):
     for seed, (shape, kernel_size, dilation, biased) in enumerate(CASES):
-        for dtype in ("float32", "float64"):
+        for dtype in native.DTYPES:
             *arrays, grad_output, table = draw(seed, shape, kernel_size, biased, dtype)
             inputs = [tf.constant(x) for x in (*arrays, *([table] if biased else []))]
             function = differentiable(module, kernel_size, dilation)

@@ -4,7 +4,9 @@ import numpy as np
 
 from neighborhood.windows import bias_positions, key_positions
 
-BOUND = {"float64": 1e-12, "float32": 5e-6}  # the largest error allowed, as a part of the rms
+# The largest error allowed, as a part of the rms; types of 16 bits are computed in float32, and then rounded.
+BOUND = {"float64": 1e-12, "float32": 5e-6, "float16": 5e-6, "bfloat16": 5e-6}
+ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8}  # a part of the number itself
 
 
 def draw(seed, shape, kernel_size, biased, dtype="float64", distribution="normal"):
@@ -14,6 +16,8 @@ def draw(seed, shape, kernel_size, biased, dtype="float64", distribution="normal
     where any float32 arithmetic is off by more than BOUND; uniform ones have none.
     """
     generator = np.random.default_rng(seed)
+    if dtype == "bfloat16":
+        import ml_dtypes  # noqa: F401 - names it to NumPy
     if distribution == "uniform":
         tensors = generator.uniform(-(3**0.5), 3**0.5, (4, *shape)).astype(dtype)
     else:
@@ -74,9 +78,10 @@ def precision(problem, dtype: str) -> str:
 
 
 def assert_close(actual, expected, bound, names=("output", "query", "key", "value", "rel_pos_bias")):
-    """Asserts that arrays differ by no more than `bound` of the rms of what is expected."""
+    """Asserts that arrays differ by no more than `bound` of the rms of what is expected, and what their dtype rounds."""
     assert len(actual) == len(expected)
     for name, ours, theirs in zip(names, actual, expected, strict=False):
         rms = np.sqrt(np.mean(np.square(theirs))) or 1.0
-        error = np.abs(np.asarray(ours, np.float64) - theirs).max() / rms
+        rounding = ROUNDING.get(ours.dtype.name, 0.0) * np.abs(theirs)
+        error = (np.abs(np.asarray(ours, np.float64) - theirs) - rounding).max() / rms
         assert error <= bound, f"{name} is off by {error:.1e} of its rms; the bound is {bound:.0e}"

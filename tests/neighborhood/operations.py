@@ -3,6 +3,24 @@
 import numpy as np
 
 
+def _to_torch(array):
+    import torch
+
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.uint16).copy()).view(torch.bfloat16)
+    return torch.tensor(array)
+
+
+def _from_torch(tensor):
+    import ml_dtypes
+    import torch
+
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
 class Torch:
     name = "torch"
 
@@ -24,11 +42,11 @@ class Torch:
 
         from ptmodels.ops import neighborhood_attention
 
-        inputs = [torch.tensor(x, requires_grad=True) for x in (query, key, value, table) if x is not None]
+        inputs = [_to_torch(x).requires_grad_() for x in (query, key, value, table) if x is not None]
         bias = inputs[3] if table is not None else None
         output = neighborhood_attention(*inputs[:3], rel_pos_bias=bias, **options)
-        grads = torch.autograd.grad(output, inputs, torch.as_tensor(grad_output))
-        return [output.detach().numpy(), *(grad.numpy() for grad in grads)]
+        grads = torch.autograd.grad(output, inputs, _to_torch(grad_output))
+        return [_from_torch(x) for x in (output, *grads)]
 
 
 class Keras:

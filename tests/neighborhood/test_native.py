@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from neighborhood import native, reference
 
-DTYPES = ("float32", "float64")
+DTYPES = native.DTYPES
 
 
 def available_instruction_sets() -> list[str]:
@@ -40,7 +40,7 @@ def instruction_set(request):
 
 def run(query, key, value, grad_output, table, kernel_size, dilation, scale=None, threads=1):
     """The output and all gradients, by the kernels."""
-    output, logsumexp = np.full_like(query, np.nan), np.full(query.shape[:-1], np.nan, query.dtype)
+    output, logsumexp = np.full_like(query, np.nan), np.full(query.shape[:-1], np.nan)
     options = (table, kernel_size, dilation, scale)
     native.forward(query, key, value, *options, output=output, logsumexp=logsumexp, threads=threads)
     grads = [np.full_like(x, np.nan) for x in (query, key, value)]
@@ -62,11 +62,12 @@ def check(shape, kernel_size, dilation, biased, dtype, seed=0, scale=None, threa
 
 @st.composite
 def problems(draw):
-    """Shape, kernel size and dilation of one or two axes that fit."""
-    sizes = []
-    for axis in range(draw(st.integers(1, 2))):
-        kernel_size, dilation = draw(st.integers(1, 9)), draw(st.integers(1, 3))
-        sizes.append((kernel_size * dilation + draw(st.integers(0, 40 if axis else 12)), kernel_size, dilation))
+    """Shape, kernel size and dilation of one to three axes that fit."""
+    sizes, axes = [], draw(st.integers(1, 3))
+    for axis in range(axes):
+        kernel_size, dilation = draw(st.integers(1, 9 if axes < 3 else 4)), draw(st.integers(1, 3))
+        most = 40 if axis == 1 else 12 if axes < 3 else 6
+        sizes.append((kernel_size * dilation + draw(st.integers(0, most)), kernel_size, dilation))
     spatial, kernel_size, dilation = zip(*sizes, strict=True)
     heads, head_dim = draw(st.integers(1, 3)), draw(st.integers(1, 40))
     return (draw(st.integers(1, 2)), *spatial, heads, head_dim), kernel_size, dilation
@@ -91,6 +92,14 @@ def test_kernels_equal_the_definition(problem, biased, dtype, seed):
         ((1, 6, 5, 1, 129), (3, 5), (2, 1)),
         ((3, 50, 2, 8), (9,), (4,)),
         ((1, 4, 4, 1, 1), (1, 1), (4, 1)),
+        ((2, 15, 14, 2, 32), (7, 7), (2, 2)),  # the window is the map of some dilation groups
+        ((1, 13, 13, 1, 40), (13, 13), (1, 1)),
+        ((1, 9, 400, 1, 32), (7, 13), (1, 1)),  # several strips
+        ((1, 4, 620, 1, 20), (3, 21), (1, 2)),
+        ((2, 5, 6, 19, 2, 16), (3, 4, 5), (1, 1, 1)),
+        ((1, 7, 6, 9, 2, 20), (3, 3, 3), (2, 1, 3)),
+        ((2, 3, 4, 5, 2, 9), (3, 4, 5), (1, 1, 1)),
+        ((1, 30, 4, 5, 1, 16), (3, 4, 2), (1, 1, 1)),  # several bands of planes
     ],
 )
 def test_every_instruction_set_equals_the_definition(instruction_set, shape, kernel_size, dilation, dtype):
@@ -207,10 +216,10 @@ def test_what_does_not_go_together_is_named():
         call(x, x[:, :4], x, 3)
     with pytest.raises(ValueError, match="value has shape .* dtype float32"):
         call(x, x, x.astype(np.float32), 3)
-    with pytest.raises(ValueError, match="query is float16; the kernels take float32 and float64"):
-        call(*[x.astype(np.float16)] * 3, 3)
-    with pytest.raises(ValueError, match="one or two spatial axes"):
-        call(*[np.zeros((1, 3, 3, 3, 1, 1))] * 3, 3)
+    with pytest.raises(ValueError, match="query is int32; the kernels take float32, float64, float16, bfloat16"):
+        call(*[x.astype(np.int32)] * 3, 3)
+    with pytest.raises(ValueError, match="one to three spatial axes"):
+        call(*[np.zeros((1, 3, 3, 3, 3, 1, 1))] * 3, 3)
     with pytest.raises(ValueError, match="kernel_size is .*or 2 of them"):
         call(x, x, x, [3] * 9)
     with pytest.raises(ValueError, match="kernel_size 3 times dilation 2 is 6, more than the 5 positions"):
@@ -224,13 +233,16 @@ def test_what_does_not_go_together_is_named():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((1, 5, 5, 1, 4, 0, 3, 1, 1), "kernel_size is 0 along the height"),
-        ((1, 5, 5, 1, 4, 3, -3, 1, 1), "kernel_size is -3 along the width"),
-        ((1, 5, 5, 1, 4, 3, 3, 1, 0), "dilation is 0 along the width"),
-        ((1, 5, 5, 1, 4, 3, 3, 1, 2**62), "more than the 5 positions of the width"),
-        ((-1, 5, 5, 1, 4, 3, 3, 1, 1), "a size is negative"),
-        ((2**40, 2**40, 5, 1, 4, 3, 3, 1, 1), "too many elements"),
-        ((1, 2**31, 2**31, 0, 1, 2**31, 2**31, 1, 1), "the window is too large"),
+        ((1, 5, 5, 5, 1, 4, 2, 0, 3, 1, 1, 1), "kernel_size is 0 along the height"),
+        ((1, 5, 5, 5, 1, 4, 2, 3, -3, 1, 1, 1), "kernel_size is -3 along the width"),
+        ((1, 5, 5, 5, 1, 4, 7, 3, 3, 1, 1, 1), "more than the 5 positions of the depth"),
+        ((1, 5, 5, 5, 1, 4, 2, 3, 3, 1, 1, 0), "dilation is 0 along the width"),
+        ((1, 5, 5, 5, 1, 4, 2, 3, 3, 1, 1, 2**62), "more than the 5 positions of the width"),
+        ((-1, 5, 5, 5, 1, 4, 2, 3, 3, 1, 1, 1), "a size is negative"),
+        ((2**40, 1, 2**40, 5, 1, 4, 1, 3, 3, 1, 1, 1), "too many elements"),
+        ((1, 2**12, 2**12, 2**12, 0, 1, 2**12, 2**12, 2**12, 1, 1, 1), "the window is too large"),
+        ((1, 1, 1, 2**21, 0, 1, 1, 1, 2**21, 1, 1, 1), "the window is too large"),
+        ((1, 1, 5, 5, 1, 4, 1, 3, 3, 1, 1, 1), "a tensor that is needed is null"),
     ],
 )
 def test_the_library_itself_refuses_bad_sizes(sizes, message):
@@ -241,10 +253,21 @@ def test_the_library_itself_refuses_bad_sizes(sizes, message):
     assert message in problem.decode()
 
 
+def test_the_library_itself_refuses_other_types():
+    shape = native._Shape(1, 1, 5, 5, 1, 4, 1, 3, 3, 1, 1, 1)
+    for number in (-1, 4, 2**31 - 1):
+        problem = native.load().neighborhood_forward(number, ctypes.byref(shape), *[None] * 6, 1.0, 1)
+        assert problem.decode() == f"the type is {number}; it must be 0 to 3"
+
+
 def test_memory_that_cannot_be_had_is_an_error():
-    side = 2**20  # a window of 2^40 keys
-    shape = native._Shape(1, side, side, 1, 1, side, side, 1, 1)
-    problem = native.load().neighborhood_forward(0, ctypes.byref(shape), *[None] * 6, 1.0, 1)
+    side = 2**15  # a window of 2^30 keys, for three rows of queries at once
+    shape = native._Shape(2**8, 1, side, side, 2**7, 1, 1, side, side, 1, 1, 1)
+    somewhere = ctypes.create_string_buffer(8)  # is not read: the memory comes first
+    pointers = [ctypes.cast(somewhere, ctypes.c_void_p)] * 10
+    problem = native.load().neighborhood_forward(0, ctypes.byref(shape), *pointers[:3], None, *pointers[:2], 1.0, 1)
+    assert problem.decode().startswith("out of memory")
+    problem = native.load().neighborhood_backward(0, ctypes.byref(shape), *pointers[:3], None, *pointers[:6], 1.0, 1)
     assert problem.decode().startswith("out of memory")
 
 

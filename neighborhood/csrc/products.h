@@ -1,0 +1,255 @@
+// The products of a sliding window: scores of queries with keys, and sums of values by weights.
+//
+// Scores are kept as scores[row of the window][slot][lane]. A lane is a query; a tile is as many neighbouring queries
+// of a row as a register has lanes; slot t is the t-th key of each query's window. Where windows slide along with their
+// queries, a slot's keys are one unaligned load from the transposed keys. At a border some lanes share one window:
+// their key of a slot is one number for all, and is blended in.
+//
+// The products with values have channels in the lanes instead: neighbouring queries share each loaded value.
+#ifndef NEIGHBORHOOD_PRODUCTS_H_
+#define NEIGHBORHOOD_PRODUCTS_H_
+
+#include "simd.h"
+
+namespace neighborhood {
+namespace NEIGHBORHOOD_INSTRUCTION_SET {
+namespace {
+
+constexpr int kSlots = kBytes == 64 ? 8 : 4;     // slots per pass over head_dim: registers bound it
+constexpr int kChannels = kBytes == 64 ? 4 : 2;  // vectors of channels per pass over a window
+constexpr int kQueries = 4;                      // neighbouring queries that share a loaded value
+constexpr int64_t kSumBlock = 16;                // products per sum, and then sums of sums: they round less
+
+// The lanes of a tile whose windows are pushed against one border of the map.
+template <typename T>
+struct Side {
+  Integers<T> lanes;
+  int64_t column;  // of the window's first key
+  int64_t bias;    // of the first lane, in the reversed row of the bias table, for slot 0; less one per slot
+};
+
+// One row of queries in a product with one row of keys.
+template <typename T>
+struct ScoreRow {
+  const Vector<T>* query;          // (head_dim) vectors of lanes
+  const T *bias, *side_biases[2];  // of slot 0: in the table's row, and reversed for either side; or null
+  Vector<T>* scores;               // of slot 0
+};
+
+// Scores of `Rows` rows of queries with one row of keys at `Slots` neighbouring slots. `keys` is the transposed row at
+// the first slot of the first lane, `side_keys` at that of either side.
+template <typename T, int Rows, int Slots, int Sides>
+void score(const T* keys, const T* const* side_keys, const Side<T>* sides, int64_t key_stride, int64_t head_dim,
+           const ScoreRow<T>* rows) {
+  const Vector<T>* queries[Rows];
+#pragma GCC unroll 4
+  for (int r = 0; r < Rows; r++) queries[r] = rows[r].query;
+  const T* first_side = Sides > 0 ? side_keys[0] : nullptr;
+  const T* second_side = Sides > 1 ? side_keys[1] : nullptr;
+  const Integers<T> first_lanes = sides[0].lanes, second_lanes = sides[1].lanes;
+  for (int64_t begin = 0; begin < head_dim; begin += kSumBlock) {
+    const int64_t end = smaller(begin + kSumBlock, head_dim);
+    Vector<T> sums[Rows][Slots] = {};
+    for (int64_t d = begin; d < end; d++) {
+#pragma GCC unroll 8
+      for (int t = 0; t < Slots; t++) {
+        Vector<T> key = load(keys + t);
+        if constexpr (Sides > 0) key = first_lanes ? splat(first_side[t]) : key;
+        if constexpr (Sides > 1) key = second_lanes ? splat(second_side[t]) : key;
+#pragma GCC unroll 4
+        for (int r = 0; r < Rows; r++) sums[r][t] += queries[r][d] * key;
+      }
+      keys += key_stride;
+      if constexpr (Sides > 0) first_side += key_stride;
+      if constexpr (Sides > 1) second_side += key_stride;
+    }
+    const bool last = end == head_dim;
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; r++) {
+#pragma GCC unroll 8
+      for (int t = 0; t < Slots; t++) {
+        if (begin) sums[r][t] += rows[r].scores[t];
+        if (last && rows[r].bias) {  // last: its size would round every step
+          Vector<T> bias = splat(rows[r].bias[t]);
+          if constexpr (Sides > 0) bias = first_lanes ? load(rows[r].side_biases[0] - t) : bias;
+          if constexpr (Sides > 1) bias = second_lanes ? load(rows[r].side_biases[1] - t) : bias;
+          sums[r][t] += bias;
+        }
+        rows[r].scores[t] = sums[r][t];
+      }
+    }
+  }
+}
+
+template <typename T>
+using ScoreFunction = void (*)(const T*, const T* const*, const Side<T>*, int64_t, int64_t, const ScoreRow<T>*);
+
+template <typename T, int Rows, int Sides, int... I>
+inline ScoreFunction<T> score_of(int64_t slots, std::integer_sequence<int, I...>) {
+  static constexpr ScoreFunction<T> functions[] = {score<T, Rows, I + 1, Sides>...};
+  return functions[slots - 1];
+}
+
+template <typename T, int Sides>
+inline ScoreFunction<T> score_of(int64_t rows, int64_t slots) {
+  constexpr auto sequence = std::make_integer_sequence<int, kSlots>();
+  static_assert(kRowBlock == 3, "one case per number of rows");
+  switch (rows) {
+    case 1:
+      return score_of<T, 1, Sides>(slots, sequence);
+    case 2:
+      return score_of<T, 2, Sides>(slots, sequence);
+    default:
+      return score_of<T, 3, Sides>(slots, sequence);
+  }
+}
+
+template <typename T>
+inline ScoreFunction<T> score_function(int64_t rows, int64_t slots, int64_t sides) {
+  return sides == 0   ? score_of<T, 0>(rows, slots)
+         : sides == 1 ? score_of<T, 1>(rows, slots)
+                      : score_of<T, 2>(rows, slots);
+}
+
+// A run of neighbouring queries of a tile whose windows either slide along with them (shift 1) or, near a border, are
+// the same (shift 0).
+struct Group {
+  int32_t first_lane, size, shift;
+  int64_t start;  // the first query's first key
+};
+
+// What a product over windows runs through: for each row of the window, a row of the map and a row of weights.
+template <typename T>
+struct WindowRows {
+  T* const* rows;         // rows of the map, each at its first column
+  int64_t column_stride;  // in elements
+  int64_t count;          // rows of the window
+  const T* weights;       // of the group's first query, for the window's first key
+  int64_t weight_stride;  // from one row of the window to the next
+};
+
+// Calls column(c, first, end) for each column c that the group's windows cover: queries first..end of it meet there,
+// with constants for a compiler that unrolls.
+template <int Queries, int Shift, typename Column>
+inline __attribute__((always_inline)) void over_columns(int64_t kernel, Column column) {
+  constexpr int edge = Shift * (Queries - 1);
+#pragma GCC unroll 4
+  for (int c = 0; c < edge; c++) column(c, 0, c + 1);
+  for (int64_t c = edge; c < kernel; c++) column(c, 0, Queries);
+#pragma GCC unroll 4
+  for (int c = 0; c < edge; c++) column(kernel + c, c + 1, Queries);
+}
+
+// sums[u][channel] = sum of weight * row over the windows of the group.
+template <typename T, int Queries, int Shift, int Channels>
+void weighted_sum(const WindowRows<T>& window, int64_t start, int64_t kernel, int64_t channel,
+                  Vector<T> (*sums)[kChannels]) {
+  constexpr int n = Simd<T>::kLanes;
+  constexpr int64_t rows_at_once = 2;  // sums of sums round less
+  for (int64_t begin = 0; begin < window.count; begin += rows_at_once) {
+    Vector<T> sum[Queries][Channels] = {};
+    for (int64_t a = begin; a < smaller(begin + rows_at_once, window.count); a++) {
+      const T* row = window.rows[a] + start * window.column_stride + channel;
+      const T* weights = window.weights + a * window.weight_stride;
+      over_columns<Queries, Shift>(kernel, [&](int64_t c, int first, int end) __attribute__((always_inline)) {
+        Vector<T> value[Channels];
+#pragma GCC unroll 4
+        for (int v = 0; v < Channels; v++) value[v] = load(row + c * window.column_stride + v * n);
+#pragma GCC unroll 4
+        for (int u = 0; u < Queries; u++) {
+          if (u < first || u >= end) continue;
+          const T weight = weights[(c - Shift * u) * n + u];
+#pragma GCC unroll 4
+          for (int v = 0; v < Channels; v++) sum[u][v] += weight * value[v];
+        }
+      });
+    }
+#pragma GCC unroll 4
+    for (int u = 0; u < Queries; u++)
+#pragma GCC unroll 4
+      for (int v = 0; v < Channels; v++) sums[u][v] = begin ? sums[u][v] + sum[u][v] : sum[u][v];
+  }
+}
+
+// row += weight * vectors[u] at every key of every query of the group.
+template <typename T, int Queries, int Shift, int Channels>
+void spread(const WindowRows<T>& window, int64_t start, int64_t kernel, int64_t channel,
+            Vector<T> (*vectors)[kChannels]) {
+  constexpr int n = Simd<T>::kLanes;
+  Vector<T> vector[Queries][Channels];
+#pragma GCC unroll 4
+  for (int u = 0; u < Queries; u++)
+#pragma GCC unroll 4
+    for (int v = 0; v < Channels; v++) vector[u][v] = vectors[u][v];
+  for (int64_t a = 0; a < window.count; a++) {
+    T* row = window.rows[a] + start * window.column_stride + channel;
+    const T* weights = window.weights + a * window.weight_stride;
+    over_columns<Queries, Shift>(kernel, [&](int64_t c, int first, int end) __attribute__((always_inline)) {
+      Vector<T> sum[Channels] = {};
+#pragma GCC unroll 4
+      for (int u = 0; u < Queries; u++) {
+        if (u < first || u >= end) continue;
+        const T weight = weights[(c - Shift * u) * n + u];
+#pragma GCC unroll 4
+        for (int v = 0; v < Channels; v++) sum[v] += weight * vector[u][v];
+      }
+#pragma GCC unroll 4
+      for (int v = 0; v < Channels; v++) {
+        T* to = row + c * window.column_stride + v * n;
+        store(to, load(to) + sum[v]);
+      }
+    });
+  }
+}
+
+template <typename T>
+using GroupFunction = void (*)(const WindowRows<T>&, int64_t, int64_t, int64_t, Vector<T> (*)[kChannels]);
+
+// The variant of weighted_sum or spread for a group, with `channels` vectors of channels.
+template <typename T, bool Spread, int Queries, int Shift, int Channels>
+constexpr GroupFunction<T> group_variant() {
+  if constexpr (Spread)
+    return spread<T, Queries, Shift, Channels>;
+  else
+    return weighted_sum<T, Queries, Shift, Channels>;
+}
+
+template <typename T, bool Spread, int Queries, int Shift>
+inline GroupFunction<T> group_function(int64_t channels) {
+  if constexpr (kChannels >= 4)
+    if (channels >= 4) return group_variant<T, Spread, Queries, Shift, 4>();
+  if (channels >= 2) return group_variant<T, Spread, Queries, Shift, 2>();
+  return group_variant<T, Spread, Queries, Shift, 1>();
+}
+
+inline int64_t channels_at_once(int64_t channels) {
+  if (kChannels >= 4 && channels >= 4) return 4;
+  return channels >= 2 ? 2 : 1;
+}
+
+template <typename T, bool Spread>
+inline GroupFunction<T> group_function(const Group& group, int64_t channels) {
+  static_assert(kQueries == 4, "one case per number of queries");
+  switch (group.size * 2 + (group.shift && group.size > 1)) {
+    case 2:
+      return group_function<T, Spread, 1, 0>(channels);
+    case 4:
+      return group_function<T, Spread, 2, 0>(channels);
+    case 5:
+      return group_function<T, Spread, 2, 1>(channels);
+    case 6:
+      return group_function<T, Spread, 3, 0>(channels);
+    case 7:
+      return group_function<T, Spread, 3, 1>(channels);
+    case 8:
+      return group_function<T, Spread, 4, 0>(channels);
+    default:
+      return group_function<T, Spread, 4, 1>(channels);
+  }
+}
+
+}  // namespace
+}  // namespace NEIGHBORHOOD_INSTRUCTION_SET
+}  // namespace neighborhood
+
+#endif  // NEIGHBORHOOD_PRODUCTS_H_

@@ -1,0 +1,671 @@
+// Attention over windows that slide along the rows of a map.
+//
+// A block of a few rows of queries meets the rows of keys that their windows cover; these are kept in a ring,
+// transposed for scores. Maps of several planes keep whole planes. Wide maps are cut into strips of columns whose rings
+// stay in the caches.
+#ifndef NEIGHBORHOOD_SLIDING_H_
+#define NEIGHBORHOOD_SLIDING_H_
+
+#include <initializer_list>
+
+#include "products.h"
+
+namespace neighborhood {
+namespace NEIGHBORHOOD_INSTRUCTION_SET {
+namespace {
+
+constexpr int64_t kRingBytes = 128 << 10;      // of a strip's transposed keys, or a little more
+constexpr int64_t kPrefetchBytes = 256 << 10;  // of a sample
+
+// The sizes of working memory, for the longest dilation groups.
+template <typename T>
+struct Sizes {
+  bool volume;    // whether there are several planes
+  bool prefetch;  // whether tensors outgrow the caches, so that rows are asked for before their turn
+  int64_t height, head_dim;
+  int64_t padded_dim;            // head_dim in whole vectors
+  int64_t strip;                 // tiles of a strip, at most
+  int64_t width;                 // keys of a row of a strip, at most
+  int64_t margin, padded_width;  // of a transposed row: slots reach so far beyond the map
+  int64_t planes, rows;          // of keys that a block of rows of queries meets, at most
+  int64_t scores;                // vectors of scores of a tile of one row
+  int64_t bias_rows;             // rows of the bias table
+  int64_t reversed_width;        // of a row of the reversed table, with a margin on either side
+
+  explicit Sizes(const Shape& shape) {
+    constexpr int n = Simd<T>::kLanes;
+    volume = shape.size[0] > 1;
+    const int64_t elements = shape.size[1] * shape.size[2] * shape.heads * shape.head_dim;
+    prefetch = !volume && elements * static_cast<int64_t>(sizeof(T)) > kPrefetchBytes;
+    height = shape.longest(1);
+    head_dim = shape.head_dim;
+    padded_dim = round_up(head_dim, n);
+    planes = shape.kernel[0];
+    rows = volume ? height : smaller(height, shape.kernel[1] + kRowBlock - 1);
+    const int64_t tiles = (shape.longest(2) + n - 1) / n, kernel = shape.kernel[2];
+    const int64_t most = kRingBytes / (planes * rows * head_dim * static_cast<int64_t>(sizeof(T)));  // keys of a row
+    const int64_t strips = (tiles - 1) / larger<int64_t>((most - kernel) / n, 2) + 1;
+    strip = (tiles + strips - 1) / strips;
+    width = smaller(strip * n + kernel - 1, shape.longest(2));
+    margin = kernel - 1;
+    padded_width = round_up(margin + round_up(width, n) + margin, n);
+    scores = shape.window();
+    bias_rows = (2 * shape.kernel[0] - 1) * (2 * shape.kernel[1] - 1);
+    reversed_width = n + 2 * shape.kernel[2] - 1 + n;
+  }
+
+  int64_t slots() const { return planes * rows; }
+  int64_t slot(int64_t plane, int64_t row) const { return plane % planes * rows + row % rows; }
+  int64_t row_elements() const { return width * padded_dim; }
+};
+
+// Neighbouring queries of a row, one per lane.
+template <typename T>
+struct Tile {
+  int64_t first, lanes;  // queries first..first + lanes
+  int64_t sides;         // at how many borders some lanes are
+  Side<T> side[2];
+  int64_t sums;  // where gradients of the bias are summed: 0 away from borders
+  const Group* groups;
+  int64_t group_count;
+};
+
+// Neighbouring tiles, and the columns of the keys that their windows cover.
+template <typename T>
+struct Strip {
+  const Tile<T>*first, *last;
+  int64_t first_key, end_key;
+
+  const Tile<T>* begin() const { return first; }
+  const Tile<T>* end() const { return last; }
+};
+
+// The tiles of a map's rows.
+template <typename T>
+class Tiles {
+ public:
+  Tiles(Carver& carver, const Shape& shape) {
+    constexpr int n = Simd<T>::kLanes;
+    const int64_t width = shape.longest(2);
+    tiles_ = carver.take<Tile<T>>(width / n + 1);
+    groups_ = carver.take<Group>(width);
+  }
+
+  // An upper bound of `Tile::sums`, plus one.
+  static int64_t most_sums(const Shape& shape) {
+    constexpr int n = Simd<T>::kLanes;
+    return 1 + smaller(shape.longest(2) / n + 1, 2 * (shape.kernel[2] / n + 2));
+  }
+
+  void begin(const Axis& columns) {
+    constexpr int n = Simd<T>::kLanes;
+    typedef typename Simd<T>::Integer Integer;
+    const int64_t length = columns.length, kernel = columns.kernel, last_start = length - kernel;
+    count_ = 0;
+    Group* group = groups_;
+    int64_t borders = 0;
+    for (int64_t x = 0; x < length; x += n) {
+      Tile<T>& tile = tiles_[count_++];
+      tile.first = x;
+      tile.lanes = smaller<int64_t>(n, length - x);
+      tile.sides = 0;
+      const Integers<T> lane = lane_numbers<T>();
+      tile.side[0].lanes = tile.side[1].lanes = Integers<T>{};
+      tile.side[0].column = tile.side[1].column = columns.start(x);  // of sides that there are not, for their address
+      if (x < kernel / 2) tile.side[tile.sides++] = {lane < static_cast<Integer>(kernel / 2 - x), 0, kernel - 1 + x};
+      if (x + n - 1 - kernel / 2 > last_start) {  // lanes without a query too
+        const int64_t sliding = larger<int64_t>(last_start + kernel / 2 - x, -1);
+        tile.side[tile.sides++] = {lane > static_cast<Integer>(sliding), last_start, 2 * kernel - 1 - length + x};
+      }
+      tile.sums = tile.sides ? ++borders : 0;
+      tile.groups = group;
+      for (int64_t i = 0; i < tile.lanes; i += (group++)->size) *group = next_group(columns, x, i, tile.lanes);
+      tile.group_count = group - tile.groups;
+    }
+  }
+
+  const Tile<T>* begin() const { return tiles_; }
+  const Tile<T>* end() const { return tiles_ + count_; }
+
+  int64_t strips(const Sizes<T>& sizes) const { return (count_ + sizes.strip - 1) / sizes.strip; }
+
+  Strip<T> strip(const Sizes<T>& sizes, const Axis& columns, int64_t index) const {
+    const Tile<T>*first = tiles_ + index * sizes.strip, *last = smaller(first + sizes.strip, end());
+    const Tile<T>& end_tile = last[-1];
+    return {first, last, columns.start(first->first),
+            columns.start(end_tile.first + end_tile.lanes - 1) + columns.kernel};
+  }
+
+ private:
+  static Group next_group(const Axis& columns, int64_t tile, int64_t lane, int64_t lanes) {
+    Group group = {static_cast<int32_t>(lane), 1, 0, columns.start(tile + lane)};
+    // sliding windows that overlap too little would leave nothing to share
+    const int64_t limit = smaller<int64_t>(kQueries, columns.kernel + 1);
+    if (lane + 1 < lanes) group.shift = static_cast<int32_t>(columns.start(tile + lane + 1) - group.start);
+    while (group.size < (group.shift ? limit : kQueries) && lane + group.size < lanes &&
+           columns.start(tile + lane + group.size) == group.start + group.shift * group.size)
+      group.size++;
+    return group;
+  }
+
+  Tile<T>* tiles_;
+  Group* groups_;
+  int64_t count_ = 0;
+};
+
+// Rows of a tensor that a block of queries meets, within a strip: by channels for scores, by columns for products with
+// weights. These are copied too: in large tensors columns of neighbouring rows lie as far apart as makes them compete
+// for few places of a cache.
+template <typename S>
+struct KeyRows {
+  typedef Computed<S> T;
+  T* transposed;  // (slots, head_dim, padded_width), or null
+  T* packed;      // (slots, width, padded_dim), or null
+  int64_t first_key, end_key;
+  const S* from;
+
+  KeyRows(Carver& carver, const Sizes<T>& sizes, bool transposes, bool packs) {
+    transposed = transposes ? carver.take<T>(sizes.slots() * sizes.head_dim * sizes.padded_width) : nullptr;
+    packed = packs ? carver.take<T>(sizes.slots() * sizes.row_elements()) : nullptr;
+  }
+
+  void begin(const Map& map, const Strip<T>& strip, const S* tensor) {
+    from = tensor + map.offset;
+    first_key = strip.first_key;
+    end_key = strip.end_key;
+  }
+
+  void fetch(const Sizes<T>& sizes, const Map& map, int64_t plane, int64_t row) {
+    constexpr int n = Simd<T>::kLanes;
+    const int64_t slot = sizes.slot(plane, row), stride = map.stride[2];
+    const S* source = from + plane * map.stride[0] + row * map.stride[1];
+    if (transposed) {
+      T* to = transposed_row(sizes, slot);
+      for (int64_t x = first_key; x < end_key; x += n)
+        transpose<S>(source + x * stride, stride, smaller<int64_t>(n, end_key - x), sizes.head_dim, T(1),
+                     to + x - first_key, sizes.padded_width);
+    }
+    if (packed) {
+      T* to = packed + slot * sizes.row_elements();
+      for (int64_t x = first_key; x < end_key; x++, to += sizes.padded_dim)
+        read_row(source + x * stride, sizes.head_dim, sizes.padded_dim, to);
+    }
+  }
+
+  T* row(const Sizes<T>& sizes, int64_t plane, int64_t row) const {
+    return packed + sizes.slot(plane, row) * sizes.row_elements();
+  }
+
+  // The row's channels at column `first_key`.
+  T* transposed_row(const Sizes<T>& sizes, int64_t slot) const {
+    return transposed + slot * sizes.head_dim * sizes.padded_width + sizes.margin;
+  }
+};
+
+// Asks the caches for a run of tokens.
+template <typename S>
+inline void prefetch_tokens(const S* from, int64_t stride, int64_t count, int64_t head_dim) {
+  constexpr int64_t line = 64 / sizeof(S);
+  for (int64_t i = 0; i < count; i++)
+    for (int64_t c = 0; c < head_dim; c += line) __builtin_prefetch(from + i * stride + c, 0, 2);
+}
+
+// Asks, while a tile of the block of queries at `y` is worked on, for its share of what the next block reads: its own
+// queries from `of_queries`, and from `of_keys` the keys that are new.
+template <typename S, typename T = Computed<S>>
+inline void prefetch_next(const Sizes<T>& sizes, const Map& map, const Strip<T>& strip, const Tile<T>& tile, int64_t y,
+                          int64_t end, std::initializer_list<const S*> of_queries,
+                          std::initializer_list<const S*> of_keys) {
+  const Axis& rows = map.rows();
+  const int64_t next = y + kRowBlock, count = smaller(kRowBlock, end - next), stride = map.stride[2];
+  if (!sizes.prefetch || count <= 0) return;
+  for (const S* tensor : of_queries)
+    for (int64_t r = next; r < next + count; r++)
+      prefetch_tokens(tensor + map.offset + r * map.stride[1] + tile.first * stride, stride, tile.lanes,
+                      sizes.head_dim);
+  const int64_t first = &tile == strip.first ? strip.first_key : tile.first + map.columns().kernel / 2;
+  const int64_t last = smaller(tile.first + tile.lanes + map.columns().kernel / 2, strip.end_key);
+  for (const S* tensor : of_keys)
+    for (int64_t r = rows.start(next - 1) + rows.kernel; r < rows.start(next + count - 1) + rows.kernel; r++)
+      prefetch_tokens(tensor + map.offset + r * map.stride[1] + first * stride, stride, last - first, sizes.head_dim);
+}
+
+// Calls visit(plane, row) for what is new of the rows before `end_row` or, of a volume, of the planes before
+// `end_plane`; `next` is the first that is new.
+template <typename Visit>
+inline void advance(bool volume, int64_t height, int64_t end_plane, int64_t end_row, int64_t* next, Visit visit) {
+  if (volume) {
+    for (; *next < end_plane; ++*next)
+      for (int64_t row = 0; row < height; row++) visit(*next, row);
+  } else {
+    for (; *next < end_row; ++*next) visit(0, *next);
+  }
+}
+
+// The bias table of one head.
+template <typename T>
+struct Bias {
+  const T* table;  // or null
+  T* reversed;     // each row reversed, with a margin of a vector on either side
+
+  void begin(const Sizes<T>& sizes, int64_t kernel, const T* head_table) {
+    constexpr int n = Simd<T>::kLanes;
+    table = head_table;
+    const int64_t width = 2 * kernel - 1;
+    for (int64_t row = 0; table && row < sizes.bias_rows; row++)
+      for (int64_t j = 0; j < width; j++)
+        reversed[row * sizes.reversed_width + n + j] = table[row * width + width - 1 - j];
+  }
+};
+
+// Scores of rows [y, y + count) of queries of plane z, for one tile.
+//
+// `queries` is (count, head_dim) vectors; `scores` (count, sizes.scores) vectors, of which row r holds (planes of the
+// window, rows of the window, slots).
+template <typename S, typename T = Computed<S>>
+void score_tile(const Sizes<T>& sizes, const Map& map, const Tile<T>& tile, const KeyRows<S>& keys, const Bias<T>& bias,
+                int64_t z, int64_t y, int64_t count, const Vector<T>* queries, Vector<T>* scores) {
+  constexpr int n = Simd<T>::kLanes;
+  const Axis& axis = map.rows();
+  const int64_t planes = map.planes().kernel, kernel = map.columns().kernel, first_plane = map.planes().start(z);
+  const int64_t passes = (kernel + kSlots - 1) / kSlots;
+  const int64_t end = axis.start(y + count - 1) + axis.kernel;
+  for (int64_t plane = 0; plane < planes; plane++) {
+    const int64_t first_bias_row = (first_plane + plane - z + planes - 1) * (2 * axis.kernel - 1);
+    for (int64_t key = axis.start(y); key < end; key++) {
+      ScoreRow<T> rows[kRowBlock];
+      int64_t active = 0;
+      for (int64_t r = 0; r < count; r++) {
+        const int64_t a = key - axis.start(y + r);
+        if (a < 0 || a >= axis.kernel) continue;
+        const int64_t bias_row = first_bias_row + key - (y + r) + axis.kernel - 1;
+        ScoreRow<T>& row = rows[active++];
+        row.query = queries + r * sizes.head_dim;
+        row.scores = scores + r * sizes.scores + (plane * axis.kernel + a) * kernel;
+        row.bias = bias.table ? bias.table + bias_row * (2 * kernel - 1) + kernel - 1 - kernel / 2 : nullptr;
+        for (int64_t s = 0; s < tile.sides && bias.table; s++)
+          row.side_biases[s] = bias.reversed + bias_row * sizes.reversed_width + n + tile.side[s].bias;
+      }
+      const T* row = keys.transposed_row(sizes, sizes.slot(first_plane + plane, key));
+      const T* side_rows[2] = {row + tile.side[0].column - keys.first_key, row + tile.side[1].column - keys.first_key};
+      row += tile.first - kernel / 2 - keys.first_key;
+      for (int64_t pass = 0, slot = 0; pass < passes; pass++) {
+        const int64_t slots = (kernel - slot) / (passes - pass);
+        const T* sides[2] = {side_rows[0] + slot, side_rows[1] + slot};
+        score_function<T>(active, slots, tile.sides)(row + slot, sides, tile.side, sizes.padded_width, sizes.head_dim,
+                                                     rows);
+        slot += slots;
+        for (int64_t i = 0; i < active && pass + 1 < passes; i++) {
+          rows[i].scores += slots;
+          if (!rows[i].bias) continue;
+          rows[i].bias += slots;
+          for (int64_t s = 0; s < tile.sides; s++) rows[i].side_biases[s] -= slots;
+        }
+      }
+    }
+  }
+}
+
+// For each query of a tile: factor * sum of weight * row over its window, whose rows are given from column `first_key`
+// on.
+template <typename S, typename T = Computed<S>>
+void weigh(const Sizes<T>& sizes, const Map& map, const Tile<T>& tile, T* const* rows, int64_t first_key,
+           const Vector<T>* weights, const T* factor, S* to) {
+  constexpr int n = Simd<T>::kLanes;
+  const int64_t kernel = map.columns().kernel;
+  WindowRows<T> window = {rows, sizes.padded_dim, sizes.scores / kernel, nullptr, kernel * n};
+  for (int64_t g = 0; g < tile.group_count; g++) {
+    const Group& group = tile.groups[g];
+    window.weights = reinterpret_cast<const T*>(weights) + group.first_lane;
+    for (int64_t c = 0; c < sizes.padded_dim;) {
+      const int64_t channels = channels_at_once((sizes.padded_dim - c) / n);
+      Vector<T> sums[kQueries][kChannels];
+      group_function<T, false>(group, channels)(window, group.start - first_key, kernel, c, sums);
+      for (int64_t u = 0; u < group.size; u++) {
+        S* query = to + (tile.first + group.first_lane + u) * map.stride[2] + c;
+        for (int64_t v = 0; v < channels; v++) {
+          const Vector<T> sum = sums[u][v] * factor[group.first_lane + u];
+          const int64_t left = sizes.head_dim - c - v * n;
+          if (left >= n)
+            store(query + v * n, sum);
+          else
+            store_some(query + v * n, sum, left);
+        }
+      }
+      c += channels * n;
+    }
+  }
+}
+
+// Adds weight * vector of each query of a tile to the given rows of its window, of which there are `count`; they begin
+// at column `first_key`.
+template <typename S, typename T = Computed<S>>
+void scatter(const Sizes<T>& sizes, const Map& map, const Tile<T>& tile, T* const* rows, int64_t first_key,
+             int64_t count, const Vector<T>* weights, const S* vectors) {
+  constexpr int n = Simd<T>::kLanes;
+  const int64_t kernel = map.columns().kernel;
+  WindowRows<T> window = {rows, sizes.padded_dim, count, nullptr, kernel * n};
+  for (int64_t g = 0; g < tile.group_count; g++) {
+    const Group& group = tile.groups[g];
+    window.weights = reinterpret_cast<const T*>(weights) + group.first_lane;
+    for (int64_t c = 0; c < sizes.padded_dim;) {
+      const int64_t channels = channels_at_once((sizes.padded_dim - c) / n);
+      Vector<T> parts[kQueries][kChannels];
+      for (int64_t u = 0; u < group.size; u++) {
+        const S* from = vectors + (tile.first + group.first_lane + u) * map.stride[2] + c;
+        for (int64_t v = 0; v < channels; v++) {
+          const int64_t left = sizes.head_dim - c - v * n;
+          parts[u][v] = left >= n ? load(from + v * n) : load_some(from + v * n, left);
+        }
+      }
+      group_function<T, true>(group, channels)(window, group.start - first_key, kernel, c, parts);
+      c += channels * n;
+    }
+  }
+}
+
+// The part of a map that a band holds.
+struct Region {
+  int64_t first_plane, end_plane, first_row, end_row;
+
+  Region(const Map& map, const Bands& bands, int64_t band) {
+    const int64_t length = map.axis[bands.axis].length;
+    const int64_t begin = smaller(band * bands.length, length), end = smaller(begin + bands.length, length);
+    first_plane = bands.axis == 0 ? begin : 0;
+    end_plane = bands.axis == 0 ? end : map.planes().length;
+    first_row = bands.axis == 1 ? begin : 0;
+    end_row = bands.axis == 1 ? end : map.rows().length;
+  }
+  bool empty() const { return first_plane == end_plane || first_row == end_row; }
+};
+
+// The forward
+
+template <typename S>
+struct SlidingForward {
+  typedef Computed<S> T;
+  const Sizes<T> sizes;
+  KeyRows<S> keys, values;
+  Tiles<T> tiles;
+  Bias<T> bias;
+  Vector<T>*queries, *scores;
+  T** rows;
+
+  SlidingForward(Carver& carver, const Shape& shape)
+      : sizes(shape), keys(carver, sizes, true, false), values(carver, sizes, false, true), tiles(carver, shape) {
+    bias.reversed = carver.take<T>(sizes.bias_rows * sizes.reversed_width);
+    queries = carver.take<Vector<T>>(kRowBlock * sizes.head_dim);
+    scores = carver.take<Vector<T>>(kRowBlock * sizes.scores);
+    rows = carver.take<T*>(sizes.scores);
+  }
+
+  void run(const Shape& shape, const ForwardArguments<S>& arguments, const Map& map, const Region& region) {
+    tiles.begin(map.columns());
+    bias.begin(sizes, map.columns().kernel, arguments.bias ? arguments.bias + map.head * shape.table() : nullptr);
+    for (int64_t i = 0; i < tiles.strips(sizes); i++)
+      strip(arguments, map, region, tiles.strip(sizes, map.columns(), i));
+  }
+
+ private:
+  void strip(const ForwardArguments<S>& arguments, const Map& map, const Region& region, const Strip<T>& strip) {
+    keys.begin(map, strip, arguments.key);
+    values.begin(map, strip, arguments.value);
+    int64_t fetched = sizes.volume ? map.planes().start(region.first_plane) : map.rows().start(region.first_row);
+    for (int64_t z = region.first_plane; z < region.end_plane; z++)
+      for (int64_t y = region.first_row; y < region.end_row; y += kRowBlock) {
+        const int64_t count = smaller(kRowBlock, region.end_row - y);
+        advance(sizes.volume, map.rows().length, map.planes().start(z) + map.planes().kernel,
+                map.rows().start(y + count - 1) + map.rows().kernel, &fetched, [&](int64_t plane, int64_t row) {
+                  keys.fetch(sizes, map, plane, row);
+                  values.fetch(sizes, map, plane, row);
+                });
+        for (const Tile<T>& tile : strip) {
+          prefetch_next<S>(sizes, map, strip, tile, y, region.end_row, {arguments.query},
+                           {arguments.key, arguments.value});
+          block(arguments, map, tile, z, y, count);
+        }
+      }
+  }
+
+  void block(const ForwardArguments<S>& arguments, const Map& map, const Tile<T>& tile, int64_t z, int64_t y,
+             int64_t count) {
+    constexpr int n = Simd<T>::kLanes;
+    const int64_t stride = map.stride[2], planes = map.planes().kernel, height = map.rows().kernel;
+    const int64_t first = map.offset + z * map.stride[0] + y * map.stride[1];
+    for (int64_t r = 0; r < count; r++)
+      transpose<S>(arguments.query + first + r * map.stride[1] + tile.first * stride, stride, tile.lanes,
+                   sizes.head_dim, static_cast<T>(arguments.scale), reinterpret_cast<T*>(queries + r * sizes.head_dim),
+                   n);
+    score_tile<S>(sizes, map, tile, keys, bias, z, y, count, queries, scores);
+    for (int64_t r = 0; r < count; r++) {
+      Vector<T>* row_scores = scores + r * sizes.scores;
+      Vector<T> sum, maximum;
+      soften<T>(planes * height, map.columns().kernel, row_scores, &sum, &maximum);
+      const Vector<T> factor = T(1) / sum;
+      for (int64_t p = 0; p < planes; p++)
+        for (int64_t a = 0; a < height; a++)
+          rows[p * height + a] = values.row(sizes, map.planes().start(z) + p, map.rows().start(y + r) + a);
+      const int64_t row = first + r * map.stride[1];
+      weigh<S>(sizes, map, tile, rows, values.first_key, row_scores, reinterpret_cast<const T*>(&factor),
+               arguments.output + row);
+      if (!arguments.logsumexp) continue;
+      const Vector<T> logsumexp = maximum + logarithm<T>(sum);
+      for (int64_t i = 0; i < tile.lanes; i++)
+        arguments.logsumexp[(row + (tile.first + i) * stride) / sizes.head_dim] = logsumexp[i];
+    }
+  }
+};
+
+// The backward: with P the probabilities, dP = dO V^T and delta the sum of P * dP over a window,
+// dS = P * (dP - delta), dQ = scale dS K, dK = scale dS^T Q, dV = P^T dO, and dS summed by distance is the bias' part.
+// (delta is also the sum of dO * O, but that rounds differently from dP, and their difference is small.)
+//
+// A band owns keys. Queries outside of it whose windows reach into it are worked out again, for its keys alone.
+template <typename S>
+struct SlidingBackward {
+  typedef Computed<S> T;
+  const Sizes<T> sizes;
+  KeyRows<S> keys, values;
+  Tiles<T> tiles;
+  Bias<T> bias;
+  T *grad_keys, *grad_values;  // (slots, width, padded_dim)
+  Vector<T>*queries, *grads;   // (kRowBlock, head_dim), by channels
+  Vector<T>*weights, *slopes;  // P and dS, like scores
+  Vector<T>* logsumexp;
+  Vector<T>* bias_sums;              // (Tiles::most_sums, bias_rows, slots)
+  int64_t sums;                      // vectors of one of these
+  T *carried_keys, *carried_values;  // (planes, rows, kernel, padded_dim): sums that the next strip goes on with
+  T** rows;
+
+  SlidingBackward(Carver& carver, const Shape& shape)
+      : sizes(shape), keys(carver, sizes, true, true), values(carver, sizes, true, false), tiles(carver, shape) {
+    bias.reversed = carver.take<T>(sizes.bias_rows * sizes.reversed_width);
+    grad_keys = carver.take<T>(sizes.slots() * sizes.row_elements());
+    grad_values = carver.take<T>(sizes.slots() * sizes.row_elements());
+    queries = carver.take<Vector<T>>(kRowBlock * sizes.head_dim);
+    grads = carver.take<Vector<T>>(kRowBlock * sizes.head_dim);
+    weights = carver.take<Vector<T>>(kRowBlock * sizes.scores);
+    slopes = carver.take<Vector<T>>(kRowBlock * sizes.scores);
+    logsumexp = carver.take<Vector<T>>(kRowBlock);
+    sums = sizes.bias_rows * shape.kernel[2];
+    bias_sums = carver.take<Vector<T>>(Tiles<T>::most_sums(shape) * sums);
+    rows = carver.take<T*>(sizes.scores);
+    const bool one_strip = sizes.strip * Simd<T>::kLanes >= shape.longest(2);
+    const int64_t carried = one_strip ? 0 : shape.longest(0) * sizes.height * shape.kernel[2] * sizes.padded_dim;
+    carried_keys = carver.take<T>(carried);
+    carried_values = carver.take<T>(carried);
+  }
+
+  void run(const Shape& shape, const BackwardArguments<S>& arguments, const Map& map, const Region& region,
+           T* grad_bias) {
+    tiles.begin(map.columns());
+    bias.begin(sizes, map.columns().kernel, arguments.bias ? arguments.bias + map.head * shape.table() : nullptr);
+    if (grad_bias) std::memset(bias_sums, 0, Tiles<T>::most_sums(shape) * sums * sizeof(Vector<T>));
+    const int64_t strips = tiles.strips(sizes), last_key = map.columns().length;
+    int64_t carried = 0;  // columns before this one have sums already
+    for (int64_t i = 0; i < strips; i++) {
+      const Strip<T> strip = tiles.strip(sizes, map.columns(), i);
+      // the next strip goes on with the sums from this column on
+      const int64_t done = i + 1 < strips ? tiles.strip(sizes, map.columns(), i + 1).first_key : last_key;
+      this->strip(arguments, map, region, strip, carried, done, grad_bias != nullptr);
+      carried = strip.end_key;
+    }
+    if (grad_bias) write_bias(map, grad_bias);
+  }
+
+ private:
+  void strip(const BackwardArguments<S>& arguments, const Map& map, const Region& region, const Strip<T>& strip,
+             int64_t carried, int64_t done_column, bool biased) {
+    const bool volume = sizes.volume;
+    const int64_t height = map.rows().length;
+    keys.begin(map, strip, arguments.key);
+    values.begin(map, strip, arguments.value);
+    const Axis& axis = volume ? map.planes() : map.rows();  // that bands are cut along
+    const int64_t begin = volume ? region.first_plane : region.first_row;
+    const int64_t end = volume ? region.end_plane : region.end_row;
+    const int64_t first_query = axis.first_query_of(begin), end_query = axis.end_query_of(end - 1);
+    const int64_t first_plane = volume ? first_query : 0, end_plane = volume ? end_query : 1;
+    const int64_t first_row = volume ? 0 : first_query, end_row = volume ? height : end_query;
+    int64_t fetched = axis.start(first_query), written = begin;
+    const auto write_until = [&](int64_t first_needed) {
+      const int64_t done = smaller(first_needed, end);
+      advance(volume, height, done, done, &written, [&](int64_t plane, int64_t row) {
+        end_sums(map, strip, plane, row, done_column, grad_keys, static_cast<T>(arguments.scale), carried_keys,
+                 arguments.grad_key);
+        end_sums(map, strip, plane, row, done_column, grad_values, T(1), carried_values, arguments.grad_value);
+      });
+    };
+    for (int64_t z = first_plane; z < end_plane; z++) {
+      for (int64_t block = first_row / kRowBlock * kRowBlock; block < end_row; block += kRowBlock) {
+        const int64_t y = larger(block, first_row), count = smaller(block + kRowBlock, end_row) - y;
+        advance(volume, height, map.planes().start(z) + map.planes().kernel,
+                map.rows().start(y + count - 1) + map.rows().kernel, &fetched, [&](int64_t plane, int64_t row) {
+                  keys.fetch(sizes, map, plane, row);
+                  values.fetch(sizes, map, plane, row);
+                  begin_sums(map, strip, plane, row, carried, carried_keys, grad_keys);
+                  begin_sums(map, strip, plane, row, carried, carried_values, grad_values);
+                });
+        const int64_t query = volume ? z : y;  // bands begin at multiples of kRowBlock
+        for (const Tile<T>& tile : strip) {
+          prefetch_next<S>(sizes, map, strip, tile, y, end_row, {arguments.query, arguments.grad_output},
+                           {arguments.key, arguments.value});
+          this->block(arguments, map, tile, z, y, count, query >= begin && query < end, begin, end, biased);
+        }
+        // no later query reaches keys before the next block's first one
+        if (!volume && block + kRowBlock < end_row) write_until(axis.start(block + kRowBlock));
+      }
+      if (volume && z + 1 < end_plane) write_until(axis.start(z + 1));
+    }
+    write_until(end);
+  }
+
+  // `own` queries get their gradients, and add to the bias'; keys [begin, end) get theirs.
+  void block(const BackwardArguments<S>& arguments, const Map& map, const Tile<T>& tile, int64_t z, int64_t y,
+             int64_t count, bool own, int64_t begin, int64_t end, bool biased) {
+    constexpr int n = Simd<T>::kLanes;
+    const T scale = static_cast<T>(arguments.scale);
+    const Vector<T> scales = splat(scale);
+    const int64_t stride = map.stride[2], kernel = map.columns().kernel;
+    const int64_t planes = map.planes().kernel, height = map.rows().kernel, first_plane = map.planes().start(z);
+    const int64_t first = map.offset + z * map.stride[0] + y * map.stride[1];
+    for (int64_t r = 0; r < count; r++) {
+      const int64_t from = first + r * map.stride[1] + tile.first * stride;
+      transpose<S>(arguments.grad_output + from, stride, tile.lanes, sizes.head_dim, T(1),
+                   reinterpret_cast<T*>(grads + r * sizes.head_dim), n);
+      transpose<S>(arguments.query + from, stride, tile.lanes, sizes.head_dim, scale,
+                   reinterpret_cast<T*>(queries + r * sizes.head_dim), n);
+      logsumexp[r] = Vector<T>{};
+      for (int64_t i = 0; i < tile.lanes; i++)
+        logsumexp[r][i] = static_cast<T>(arguments.logsumexp[(from + i * stride) / sizes.head_dim]);
+    }
+    score_tile<S>(sizes, map, tile, keys, bias, z, y, count, queries, weights);
+    score_tile<S>(sizes, map, tile, values, Bias<T>{nullptr, nullptr}, z, y, count, grads, slopes);
+    for (int64_t r = 0; r < count; r++) {
+      Vector<T>*row_weights = weights + r * sizes.scores, *row_slopes = slopes + r * sizes.scores;
+      slope<T>(planes * height, kernel, logsumexp[r], row_weights, row_slopes);
+      const int64_t row = first + r * map.stride[1], first_key = map.rows().start(y + r);
+      if (own) {
+        for (int64_t p = 0; p < planes; p++)
+          for (int64_t a = 0; a < height; a++) rows[p * height + a] = keys.row(sizes, first_plane + p, first_key + a);
+        weigh<S>(sizes, map, tile, rows, keys.first_key, row_slopes, reinterpret_cast<const T*>(&scales),
+                 arguments.grad_query + row);
+        if (biased) add_bias(map, tile, z, y + r, row_slopes);
+      }
+      // the rows of the window that the band owns follow one another
+      const int64_t start = sizes.volume ? first_plane : first_key;
+      const int64_t skipped = larger<int64_t>(begin - start, 0);
+      const int64_t kept = smaller(start + (sizes.volume ? planes : height), end) - start - skipped;
+      const int64_t per_step = sizes.volume ? height : 1;
+      for (T* sums : {grad_keys, grad_values}) {
+        for (int64_t i = 0; i < kept * per_step; i++) {
+          const int64_t j = skipped * per_step + i;
+          rows[i] = sums + sizes.slot(first_plane + j / height, first_key + j % height) * sizes.row_elements();
+        }
+        const Vector<T>* factors = (sums == grad_keys ? row_slopes : row_weights) + skipped * per_step * kernel;
+        scatter<S>(sizes, map, tile, rows, keys.first_key, kept * per_step, factors,
+                   (sums == grad_keys ? arguments.query : arguments.grad_output) + row);
+      }
+    }
+  }
+
+  void add_bias(const Map& map, const Tile<T>& tile, int64_t z, int64_t y, const Vector<T>* row_slopes) {
+    const int64_t kernel = map.columns().kernel, planes = map.planes().kernel, height = map.rows().kernel;
+    for (int64_t p = 0; p < planes; p++) {
+      const int64_t bias_plane = map.planes().start(z) + p - z + planes - 1;
+      const int64_t bias_row = bias_plane * (2 * height - 1) + map.rows().start(y) - y + height - 1;
+      Vector<T>* to = bias_sums + tile.sums * sums + bias_row * kernel;
+      for (int64_t j = 0; j < height * kernel; j++) to[j] += row_slopes[p * height * kernel + j];
+    }
+  }
+
+  void write_bias(const Map& map, T* grad_bias) {
+    constexpr int n = Simd<T>::kLanes;
+    const int64_t kernel = map.columns().kernel, width = 2 * kernel - 1;
+    std::memset(grad_bias, 0, sizes.bias_rows * width * sizeof(T));
+    for (int64_t j = 0; j < sums; j++) {
+      T sum = 0;
+      for (int i = 0; i < n; i++) sum += bias_sums[j][i];
+      grad_bias[j / kernel * width + j % kernel + kernel - 1 - kernel / 2] += sum;
+    }
+    for (const Tile<T>& tile : tiles) {
+      if (tile.sums == 0) continue;
+      for (int64_t i = 0; i < tile.lanes; i++) {
+        const int64_t query = tile.first + i, first = map.columns().start(query) - query + kernel - 1;
+        for (int64_t j = 0; j < sums; j++)
+          grad_bias[j / kernel * width + j % kernel + first] += bias_sums[tile.sums * sums + j][i];
+      }
+    }
+  }
+
+  // Sums of a row: zero, or what the strip before left, in the columns before `carried`.
+  void begin_sums(const Map& map, const Strip<T>& strip, int64_t plane, int64_t row, int64_t carried, const T* from,
+                  T* sums) {
+    T* to = sums + sizes.slot(plane, row) * sizes.row_elements();
+    const int64_t known = larger<int64_t>(carried - strip.first_key, 0) * sizes.padded_dim;
+    const int64_t all = (strip.end_key - strip.first_key) * sizes.padded_dim;
+    if (known) std::memcpy(to, from + carried_at(map, plane, row), known * sizeof(T));
+    std::memset(to + known, 0, (all - known) * sizeof(T));
+  }
+
+  // Writes a row's gradients in the columns before `done`, and leaves the sums of the others for the next strip.
+  void end_sums(const Map& map, const Strip<T>& strip, int64_t plane, int64_t row, int64_t done, const T* sums,
+                T factor, T* carried, S* to) {
+    const T* from = sums + sizes.slot(plane, row) * sizes.row_elements();
+    to += map.offset + plane * map.stride[0] + row * map.stride[1];
+    int64_t x = strip.first_key;
+    for (; x < smaller(done, strip.end_key); x++, from += sizes.padded_dim)
+      write_row(from, factor, sizes.head_dim, to + x * map.stride[2]);
+    if (x < strip.end_key)
+      std::memcpy(carried + carried_at(map, plane, row), from, (strip.end_key - x) * sizes.padded_dim * sizeof(T));
+  }
+
+  int64_t carried_at(const Map& map, int64_t plane, int64_t row) const {
+    return (plane * map.rows().length + row) * map.columns().kernel * sizes.padded_dim;
+  }
+};
+
+}  // namespace
+}  // namespace NEIGHBORHOOD_INSTRUCTION_SET
+}  // namespace neighborhood
+
+#endif  // NEIGHBORHOOD_SLIDING_H_
