@@ -4,11 +4,10 @@ The reference is always what PyTorch computes in float64. In float64 Keras must 
 half must lie near it, and neither much further away than the other.
 """
 
-import contextlib
 import functools
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from modelspec.configs import get_variant, list_models
 from parity import halves
 from parity.certificate import digest_config, write_certificate
 from parity.environment import describe_environment, exact_arithmetic
-from parity.errors import ComparisonError
+from parity.errors import ComparisonError, naming_failures
 from parity.halves import Arrays, import_frameworks
 from parity.layers import Reference, Run, compare_pass, judge_balance, measure_floors, record, worst_of
 from parity.levels import FORWARD_KINDS, FURTHER_LEVELS, LEVELS, Task, compare_recorded, forward_calls
@@ -209,7 +208,7 @@ def _check_one(
         if level not in FURTHER_LEVELS:
             continue
         on_run(len(runs), level)
-        with _named(f"{subject.name}: the comparison of its {level} failed"):
+        with naming_failures(f"{subject.name}: the comparison of its {level} failed"):
             rows, more = FURTHER_LEVELS[level](task)
         results += rows
         notes += more
@@ -239,7 +238,7 @@ def _forward(
     tap = functools.partial(halves.tap, config=config, weights=task.weights, pixel_values=task.images)
     first, *others = task.runs
     on_run(0, " ".join(first))
-    with _named(f"{name}: the torch half failed in float64"):
+    with naming_failures(f"{name}: the torch half failed in float64"):
         reference = record(tap(first[0], dtype=first[1]), calls, layer_options)
     for level, options in calls.items():
         _require_kinds(name, options, reference.outputs[level])
@@ -248,12 +247,12 @@ def _forward(
         def on_draw(number: int, total: int) -> None:
             on_run(0, f"rounding, draw {number + 1} of {total}")
 
-        with _named(f"{name}: the measurement of rounding failed"):
+        with naming_failures(f"{name}: the measurement of rounding failed"):
             measure_floors(reference, task.dtypes, lambda dtype: tap("torch", dtype=dtype), task.seed, on_draw)
     rows, outputs, worst = [], {}, None
     for index, (half, dtype) in enumerate(others, 1):
         on_run(index, f"{half} {dtype}")
-        with _named(f"{name}: the {half} half failed in {dtype}"):
+        with naming_failures(f"{name}: the {half} half failed in {dtype}"):
             found, outputs[half, dtype], mine = compare_pass(name, tap(half, dtype=dtype), (half, dtype), reference)
         rows += found
         worst = worst_of(worst, mine)
@@ -288,7 +287,7 @@ def _check_recorded(
     for index, (half, dtype) in enumerate(runs):
         on_run(index, f"{half} {dtype}")
         for case, (images, wanted) in recorded.cases.items():
-            with _named(f"{subject.name}: the {half} half failed in {dtype}"):
+            with naming_failures(f"{subject.name}: the {half} half failed in {dtype}"):
                 tap = halves.tap(half, subject.config, weights, dtype, images)
                 rows = compare_recorded(subject.name, case, tap, images.shape[2:], (half, dtype), wanted, levels)
             results += rows
@@ -307,16 +306,6 @@ def _check_recorded(
         results=tuple(results),
         sha256=digest_arrays(weights),
     )
-
-
-@contextlib.contextmanager
-def _named(what: str) -> Iterator[None]:
-    """Turns any failure within into a ComparisonError that says what failed, and why in one line."""
-    try:
-        yield
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ComparisonError(f"{what}: {reason}") from error
 
 
 def _require_kinds(model: str, options: dict[str, Any], reference: Arrays) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from modelspec.agreement import BOUNDS
 from parity.blocks import OWN_CODE, in_layout_of
 from parity.environment import exact_arithmetic
-from parity.errors import ComparisonError
+from parity.errors import naming_failures
 from parity.layers import Reference, compare_pass, measure_floors, record, worst_of
 from parity.matching import match_layers
 from parity.report import ModelReport, Row
@@ -108,7 +108,7 @@ def compare(
         taps = []
         for model, half, arrays, name in zip(models, halves, given, ("model_a", "model_b"), strict=True):
             taps.append(stack.enter_context(_tapped(model, half, arrays)))
-            with _named(f"{name} failed"):
+            with naming_failures(f"{name} failed"):
                 taps[-1].run()
         matched = match_layers(*taps, names)
         to_reference = matched if at else {second: first for first, second in matched.items()}
@@ -116,7 +116,7 @@ def compare(
         if _dtype(taps[at]) != "float64":
             runs.append((taps[at], {name: name for name in to_reference.values()}))
         dtypes = list(dict.fromkeys(_dtype(tap) for tap, _ in runs))
-        with _named(f"{('model_a', 'model_b')[at]} failed in another dtype"):
+        with naming_failures(f"{('model_a', 'model_b')[at]} failed in another dtype"):
             reference = _reference(
                 models[at], given[at], list(to_reference.values()), dtypes if calibrate else [], seed
             )
@@ -256,15 +256,6 @@ def _keras_dtype(model: Any) -> str:
     leaves = [layer for layer in model._flatten_layers() if not layer._layers and layer.weights]
     dtypes = {layer.compute_dtype for layer in leaves} or {model.compute_dtype}
     return min(dtypes, key=lambda dtype: MANTISSA_BITS.get(dtype, 0))
-
-
-@contextlib.contextmanager
-def _named(what: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ComparisonError(f"{what}: {reason}") from error
 
 
 def _notes(taps: list[Tap], matched: dict[str, str]) -> list[str]:

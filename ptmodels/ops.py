@@ -42,8 +42,8 @@ def neighborhood_attention(
         scale: factor on the dot products; head_dim**-0.5 by default.
         dropout: applied to the probabilities.
         return_probabilities: whether to return them too, after dropout.
-        implementation: "native", "composed", or "auto": native on the CPU, in float32, float64, float16 or bfloat16 (the
-            last two computed in float32), when neither dropout nor probabilities are asked for.
+        implementation: "native", "composed", or "auto": native on the CPU, in float32, float64, float16 or bfloat16
+            (the last two computed in float32), when neither dropout nor probabilities are asked for.
 
     Returns:
         (B, *spatial, heads, head_dim); and, when asked for, the probabilities (B, *spatial, heads, keys), the keys of

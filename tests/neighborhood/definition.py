@@ -78,7 +78,7 @@ def precision(problem, dtype: str) -> str:
 
 
 def assert_close(actual, expected, bound, names=("output", "query", "key", "value", "rel_pos_bias")):
-    """Asserts that arrays differ by no more than `bound` of the rms of what is expected, and what their dtype rounds."""
+    """Asserts that arrays differ by no more than `bound` of the rms of what is expected, beyond their rounding."""
     assert len(actual) == len(expected)
     for name, ours, theirs in zip(names, actual, expected, strict=False):
         rms = np.sqrt(np.mean(np.square(theirs))) or 1.0
