@@ -161,14 +161,27 @@ class Table {
   const T* data_ = nullptr;
 };
 
+// Bands, of a multiple of `unit`, that keep all threads busy; whole maps if they do, or if some are plain attention.
+Bands busy_bands(const Shape& shape, int threads, int64_t unit) {
+  const Bands whole(shape, INT64_MAX / 2);
+  const int64_t maps = shape.maps(), longest = shape.longest(whole.axis);
+  if (threads == 1 || maps >= 4 * threads || shape.has_dense_maps()) return whole;
+  const int64_t wanted = (4 * threads + maps - 1) / maps, length = (longest + wanted - 1) / wanted;
+  return Bands(shape, (length + unit - 1) / unit * unit);
+}
+
+constexpr int64_t kCacheBytes = 6 << 20;  // of a large cache, that heads may share
+
 template <typename S>
 const char* forward(const Kernels<S>& kernels, const Shape& shape, const ForwardArguments<S>& arguments, int threads) {
-  // whole maps if they keep all threads busy; results do not depend on it
-  const Bands whole(shape, INT64_MAX / 2);
-  const int64_t maps = shape.maps(), longest = shape.longest(whole.axis), wanted = (4 * threads + maps - 1) / maps;
-  const bool keep = threads == 1 || maps >= 4 * threads || shape.has_dense_maps();
-  const Bands bands =
-      keep ? whole : Bands(shape, std::max<int64_t>((longest + wanted - 1) / wanted, shape.kernel[whole.axis]));
+  // results do not depend on the bands
+  Bands bands = busy_bands(shape, threads, shape.kernel[shape.size[0] > 1 ? 0 : 1]);
+  if (bands.axis == 1 && shape.heads > 1 && !shape.has_dense_maps()) {
+    // heads lie side by side: they read a band of queries, keys and values and write outputs before the caches lose it
+    const int64_t row = 4 * shape.size[2] * shape.heads * shape.head_dim * static_cast<int64_t>(sizeof(S));
+    const int64_t rows = std::max<int64_t>(kCacheBytes / row, 3 * shape.kernel[1]);
+    if (rows < bands.length) bands = Bands(shape, rows);
+  }
   return run(shape, bands, kernels.forward_scratch(shape), threads, [&](int64_t begin, int64_t end, void* memory) {
     kernels.forward(shape, arguments, bands, begin, end, memory);
   });
@@ -178,21 +191,24 @@ template <typename S>
 const char* backward(const Kernels<S>& kernels, const Shape& shape, BackwardArguments<S> arguments, S* grad_bias,
                      int threads) {
   typedef typename ComputeType<S>::Type T;
-  // Sums of the bias' gradient depend on the bands, so these depend on the shape alone.
-  const Bands whole(shape, INT64_MAX / 2);
-  const bool keep = shape.maps() >= 32 || shape.has_dense_maps();
-  const Bands bands = keep ? whole : Bands(shape, std::max<int64_t>(24, 3 * shape.kernel[whole.axis]));
+  const int axis = shape.size[0] > 1 ? 0 : 1;
+  const bool whole = shape.maps() >= 32 || shape.has_dense_maps();
+  arguments.segment = Bands(shape, whole ? INT64_MAX / 2 : std::max<int64_t>(24, 3 * shape.kernel[axis])).length;
+  const Bands bands = whole ? Bands(shape, INT64_MAX / 2) : busy_bands(shape, threads, arguments.segment);
+  const int64_t segments = (bands.length + arguments.segment - 1) / arguments.segment;
   const int64_t table = shape.table(), count = bands.count(shape);
-  std::vector<T> parts(grad_bias ? count * table : 0);
+  std::vector<T> parts(grad_bias ? count * segments * table : 0);
   arguments.grad_bias = grad_bias ? parts.data() : nullptr;
-  const char* problem = run(
-      shape, bands, kernels.backward_scratch(shape), threads,
-      [&](int64_t begin, int64_t end, void* memory) { kernels.backward(shape, arguments, bands, begin, end, memory); });
+  const char* problem = run(shape, bands, kernels.backward_scratch(shape), threads,
+                            [&](int64_t begin, int64_t end, void* memory) {
+                              kernels.backward(shape, arguments, bands, begin, end, memory);
+                            });
   if (problem || !grad_bias) return problem;
   std::vector<double> sums(shape.heads * table);
   for (int64_t band = 0; band < count; band++) {
-    double* head = sums.data() + get_map(shape, band / bands.per_map).head * table;
-    for (int64_t i = 0; i < table; i++) head[i] += parts[band * table + i];
+    double* head = sums.data() + bands.map(shape, band).head * table;
+    const T* part = parts.data() + band * segments * table;
+    for (int64_t i = 0; i < segments * table; i++) head[i % table] += part[i];
   }
   const std::vector<T> rounded(sums.begin(), sums.end());
   kernels.narrow(rounded.data(), shape.heads * table, grad_bias);
@@ -289,7 +305,7 @@ const char* neighborhood_backward(int type, const NeighborhoodShape* shape, cons
     return backward<S>(kernels, sizes,
                        {static_cast<const S*>(query), static_cast<const S*>(key), static_cast<const S*>(value),
                         table.data(), logsumexp, static_cast<const S*>(grad_output), static_cast<S*>(grad_query),
-                        static_cast<S*>(grad_key), static_cast<S*>(grad_value), nullptr, scale},
+                        static_cast<S*>(grad_key), static_cast<S*>(grad_value), nullptr, 0, scale},
                        static_cast<S*>(grad_bias), threads);
   });
 }

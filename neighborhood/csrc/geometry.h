@@ -73,21 +73,21 @@ struct Map {
   }
 };
 
-// Maps are numbered with dilation groups the fastest, then heads: neighbours share a bias, or at least a sample.
-inline Map get_map(const Shape& shape, int64_t index) {
+// `group` numbers the dilation groups of a sample.
+inline Map get_map(const Shape& shape, int64_t sample, int64_t group, int64_t head) {
   Map map;
-  int64_t group[kAxes];
+  int64_t groups[kAxes];
   for (int axis = kAxes - 1; axis >= 0; axis--) {
-    group[axis] = index % shape.dilation[axis];
-    index /= shape.dilation[axis];
+    groups[axis] = group % shape.dilation[axis];
+    group /= shape.dilation[axis];
   }
-  map.head = index % shape.heads;
-  int64_t position = index / shape.heads, stride = shape.heads * shape.head_dim;
-  for (int axis = 0; axis < kAxes; axis++) position = position * shape.size[axis] + group[axis];
+  map.head = head;
+  int64_t position = sample, stride = shape.heads * shape.head_dim;
+  for (int axis = 0; axis < kAxes; axis++) position = position * shape.size[axis] + groups[axis];
   map.offset = (position * shape.heads + map.head) * shape.head_dim;
   for (int axis = kAxes - 1; axis >= 0; axis--) {
     map.stride[axis] = stride * shape.dilation[axis];
-    map.axis[axis] = {(shape.size[axis] - group[axis] + shape.dilation[axis] - 1) / shape.dilation[axis],
+    map.axis[axis] = {(shape.size[axis] - groups[axis] + shape.dilation[axis] - 1) / shape.dilation[axis],
                       shape.kernel[axis]};
     stride *= shape.size[axis];
   }
@@ -110,7 +110,20 @@ struct Bands {
     if (length > longest) length = longest;
     per_map = (longest + length - 1) / length;
   }
+
   int64_t count(const Shape& shape) const { return shape.maps() * per_map; }
+
+  // Whole maps are numbered with dilation groups the fastest, which share a bias; parts of maps with heads the fastest,
+  // which share what caches fetch.
+  Map map(const Shape& shape, int64_t band) const {
+    const int64_t groups = shape.dilation[0] * shape.dilation[1] * shape.dilation[2];
+    const int64_t sample = band / (groups * per_map * shape.heads), rest = band % (groups * per_map * shape.heads);
+    if (per_map == 1) return get_map(shape, sample, rest % groups, rest / groups);
+    return get_map(shape, sample, rest / shape.heads / per_map, rest % shape.heads);
+  }
+
+  // Which of its map's bands it is.
+  int64_t part(const Shape& shape, int64_t band) const { return band / shape.heads % per_map * (per_map > 1); }
 };
 
 }  // namespace neighborhood

@@ -32,7 +32,7 @@ void over_bands(const Shape& shape, const Bands& bands, int64_t begin, int64_t e
   alignas(Dense) char place[sizeof(Dense)];
   Dense* dense = nullptr;  // kept from map to map, for the bias of a head
   for (int64_t band = begin; band < end; band++) {
-    const Map map = get_map(shape, band / bands.per_map);
+    const Map map = bands.map(shape, band);
     if (may_be_dense && map.is_dense()) {
       Carver carver(memory);
       if (!dense) dense = new (place) Dense(carver, shape);
@@ -40,7 +40,7 @@ void over_bands(const Shape& shape, const Bands& bands, int64_t begin, int64_t e
       continue;
     }
     dense = nullptr;
-    const Region region(map, bands, band % bands.per_map);
+    const Region region(map, bands, bands.part(shape, band));
     if (region.empty()) continue;
     Carver carver(memory);
     Sliding sliding(carver, shape);
@@ -60,8 +60,9 @@ void forward(const Shape& shape, const ForwardArguments<S>& arguments, const Ban
 template <typename S>
 void backward(const Shape& shape, const BackwardArguments<S>& arguments, const Bands& bands, int64_t begin, int64_t end,
               void* memory) {
+  const int64_t segments = (bands.length + arguments.segment - 1) / arguments.segment;
   const auto part = [&](int64_t band) {
-    return arguments.grad_bias ? arguments.grad_bias + band * shape.table() : nullptr;
+    return arguments.grad_bias ? arguments.grad_bias + band * segments * shape.table() : nullptr;
   };
   over_bands<SlidingBackward<S>, DenseBackward<S>>(
       shape, bands, begin, end, memory,
@@ -71,18 +72,13 @@ void backward(const Shape& shape, const BackwardArguments<S>& arguments, const B
       [&](auto& dense, const Map& map, int64_t band) { dense.run(shape, arguments, map, part(band)); });
 }
 
-template <typename S>
-void widen_all(const S* from, int64_t count, Computed<S>* to) {
-  constexpr int n = Simd<Computed<S>>::kLanes;
+template <typename From, typename To>
+void convert(const From* from, int64_t count, To* to) {
+  constexpr int64_t n = Simd<Computed<From>>::kLanes;
   for (int64_t i = 0; i < count; i += n) {
-    const Vector<Computed<S>> x = count - i >= n ? load(from + i) : load_some(from + i, count - i);
-    std::memcpy(to + i, &x, smaller<int64_t>(n, count - i) * sizeof(Computed<S>));
+    const int64_t size = smaller(n, count - i);
+    store_some(to + i, load_some(from + i, size), size);
   }
-}
-
-template <typename S>
-void narrow_all(const Computed<S>* from, int64_t count, S* to) {
-  write_row(from, Computed<S>(1), count, to);
 }
 
 bool supported() {
@@ -104,8 +100,8 @@ constexpr Kernels<S> kernels() {
           forward<S>,
           scratch<SlidingBackward<S>, DenseBackward<S>>,
           backward<S>,
-          widen_all<S>,
-          narrow_all<S>};
+          convert<S, Computed<S>>,
+          convert<Computed<S>, S>};
 }
 
 #define NEIGHBORHOOD_QUOTE(name) #name

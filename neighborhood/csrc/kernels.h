@@ -50,7 +50,10 @@ struct BackwardArguments {
   const double* logsumexp;
   const S* grad_output;
   S *grad_query, *grad_key, *grad_value;
-  T* grad_bias;  // (bands, entries of a head's table): each band's part; or null
+  // (bands, segments of a band, entries of a head's table), zero at first, or null: the sum over each segment of a
+  // band's queries. These depend on the shape alone, and so do the bits of their sum.
+  T* grad_bias;
+  int64_t segment;  // length of a segment; bands begin at multiples of it
   double scale;
 };
 

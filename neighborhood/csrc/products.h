@@ -9,6 +9,8 @@
 #ifndef NEIGHBORHOOD_PRODUCTS_H_
 #define NEIGHBORHOOD_PRODUCTS_H_
 
+#include <type_traits>
+
 #include "simd.h"
 
 namespace neighborhood {
@@ -140,12 +142,14 @@ inline __attribute__((always_inline)) void over_columns(int64_t kernel, Column c
   for (int c = 0; c < edge; c++) column(kernel + c, c + 1, Queries);
 }
 
-// sums[u][channel] = sum of weight * row over the windows of the group.
-template <typename T, int Queries, int Shift, int Channels>
-void weighted_sum(const WindowRows<T>& window, int64_t start, int64_t kernel, int64_t channel,
-                  Vector<T> (*sums)[kChannels]) {
+// Writes factor[u] * sum of weight * row over the window of each query u of the group: `Channels` vectors of channels
+// from `channel` on, of which `left` numbers are there.
+template <typename S, int Queries, int Shift, int Channels, typename T = Computed<S>>
+__attribute__((noinline)) void weighted_sum(const WindowRows<T>& window, int64_t start, int64_t kernel, int64_t channel,
+                                            const T* factor, int64_t left, S* to, int64_t stride) {
   constexpr int n = Simd<T>::kLanes;
   constexpr int64_t rows_at_once = 2;  // sums of sums round less
+  Vector<T> total[Queries][Channels] = {};
   for (int64_t begin = 0; begin < window.count; begin += rows_at_once) {
     Vector<T> sum[Queries][Channels] = {};
     for (int64_t a = begin; a < smaller(begin + rows_at_once, window.count); a++) {
@@ -167,13 +171,22 @@ void weighted_sum(const WindowRows<T>& window, int64_t start, int64_t kernel, in
 #pragma GCC unroll 4
     for (int u = 0; u < Queries; u++)
 #pragma GCC unroll 4
-      for (int v = 0; v < Channels; v++) sums[u][v] = begin ? sums[u][v] + sum[u][v] : sum[u][v];
+      for (int v = 0; v < Channels; v++) total[u][v] += sum[u][v];
   }
+#pragma GCC unroll 4
+  for (int u = 0; u < Queries; u++)
+#pragma GCC unroll 4
+    for (int v = 0; v < Channels; v++) {
+      if (left >= (v + 1) * n)
+        store(to + u * stride + v * n, total[u][v] * factor[u]);
+      else
+        store_some(to + u * stride + v * n, total[u][v] * factor[u], left - v * n);
+    }
 }
 
 // row += weight * vectors[u] at every key of every query of the group.
 template <typename T, int Queries, int Shift, int Channels>
-void spread(const WindowRows<T>& window, int64_t start, int64_t kernel, int64_t channel,
+__attribute__((noinline)) void spread(const WindowRows<T>& window, int64_t start, int64_t kernel, int64_t channel,
             Vector<T> (*vectors)[kChannels]) {
   constexpr int n = Simd<T>::kLanes;
   Vector<T> vector[Queries][Channels];
@@ -202,49 +215,41 @@ void spread(const WindowRows<T>& window, int64_t start, int64_t kernel, int64_t 
   }
 }
 
-template <typename T>
-using GroupFunction = void (*)(const WindowRows<T>&, int64_t, int64_t, int64_t, Vector<T> (*)[kChannels]);
-
-// The variant of weighted_sum or spread for a group, with `channels` vectors of channels.
-template <typename T, bool Spread, int Queries, int Shift, int Channels>
-constexpr GroupFunction<T> group_variant() {
-  if constexpr (Spread)
-    return spread<T, Queries, Shift, Channels>;
-  else
-    return weighted_sum<T, Queries, Shift, Channels>;
-}
-
-template <typename T, bool Spread, int Queries, int Shift>
-inline GroupFunction<T> group_function(int64_t channels) {
-  if constexpr (kChannels >= 4)
-    if (channels >= 4) return group_variant<T, Spread, Queries, Shift, 4>();
-  if (channels >= 2) return group_variant<T, Spread, Queries, Shift, 2>();
-  return group_variant<T, Spread, Queries, Shift, 1>();
-}
-
 inline int64_t channels_at_once(int64_t channels) {
   if (kChannels >= 4 && channels >= 4) return 4;
   return channels >= 2 ? 2 : 1;
 }
 
-template <typename T, bool Spread>
-inline GroupFunction<T> group_function(const Group& group, int64_t channels) {
+template <int value>
+using Constant = std::integral_constant<int, value>;
+
+template <int Queries, int Shift, typename Visit>
+inline void with_variant(int64_t channels, Visit visit) {
+  if constexpr (kChannels >= 4)
+    if (channels >= 4) return visit(Constant<Queries>(), Constant<Shift>(), Constant<4>());
+  if (channels >= 2) return visit(Constant<Queries>(), Constant<Shift>(), Constant<2>());
+  visit(Constant<Queries>(), Constant<Shift>(), Constant<1>());
+}
+
+// Calls visit(queries, shift, channels) with constants: those of a group, and `channels` vectors of channels.
+template <typename Visit>
+inline void with_variant(const Group& group, int64_t channels, Visit visit) {
   static_assert(kQueries == 4, "one case per number of queries");
   switch (group.size * 2 + (group.shift && group.size > 1)) {
     case 2:
-      return group_function<T, Spread, 1, 0>(channels);
+      return with_variant<1, 0>(channels, visit);
     case 4:
-      return group_function<T, Spread, 2, 0>(channels);
+      return with_variant<2, 0>(channels, visit);
     case 5:
-      return group_function<T, Spread, 2, 1>(channels);
+      return with_variant<2, 1>(channels, visit);
     case 6:
-      return group_function<T, Spread, 3, 0>(channels);
+      return with_variant<3, 0>(channels, visit);
     case 7:
-      return group_function<T, Spread, 3, 1>(channels);
+      return with_variant<3, 1>(channels, visit);
     case 8:
-      return group_function<T, Spread, 4, 0>(channels);
+      return with_variant<4, 0>(channels, visit);
     default:
-      return group_function<T, Spread, 4, 1>(channels);
+      return with_variant<4, 1>(channels, visit);
   }
 }
 

@@ -140,13 +140,22 @@ inline void store(S* to, Vector<float> x) {
   std::memcpy(to, &halves, sizeof(halves));
 }
 
-// `count` < kLanes elements; the other lanes become 0.
+// `count` <= kLanes elements; the other lanes become 0.
 template <typename S>
 inline Vector<Computed<S>> load_some(const S* from, int64_t count) {
   alignas(64) S some[Simd<Computed<S>>::kLanes] = {};
   std::memcpy(some, from, count * sizeof(S));
   return load(some);
 }
+
+#if NEIGHBORHOOD_VECTOR_BYTES == 64
+inline Vector<float> load_some(const float* from, int64_t count) {
+  return (Vector<float>)_mm512_maskz_loadu_ps((1u << count) - 1, from);
+}
+inline Vector<double> load_some(const double* from, int64_t count) {
+  return (Vector<double>)_mm512_maskz_loadu_pd((1u << count) - 1, from);
+}
+#endif
 
 template <typename S>
 inline void store_some(S* to, Vector<Computed<S>> x, int64_t count) {
@@ -155,8 +164,7 @@ inline void store_some(S* to, Vector<Computed<S>> x, int64_t count) {
   std::memcpy(to, some, count * sizeof(S));
 }
 
-// Reads and writes rows of numbers; what is read may be followed by zeros up to `padded` numbers, which are a whole
-// number of vectors.
+// Reads and writes rows of numbers; those that are computed with are padded, with zeros, to whole vectors.
 
 template <typename S>
 inline void read_row(const S* from, int64_t count, int64_t padded, Computed<S>* to) {
@@ -284,25 +292,69 @@ inline void transpose_block(Vector<T>* rows) {
   }
 }
 
+// Writes the first `width` columns of a block of kLanes rows, each as a vector, times a factor.
+template <typename S, typename T = Computed<S>>
+inline void write_transposed(const S* from, int64_t stride, T factor, int64_t width, T* to, int64_t to_stride) {
+  constexpr int n = Simd<T>::kLanes;
+  Vector<T> rows[n];
+#pragma GCC unroll 16
+  for (int i = 0; i < n; i++) rows[i] = load(from + i * stride);
+  transpose_block<T>(rows);
+  if (width == n) {
+#pragma GCC unroll 16
+    for (int i = 0; i < n; i++) store(to + i * to_stride, rows[i] * factor);
+  } else {
+    for (int i = 0; i < width; i++) store(to + i * to_stride, rows[i] * factor);
+  }
+}
+
+#if NEIGHBORHOOD_VECTOR_BYTES == 64
+// Loads put quarters of rows in their places, so that half of the shuffles are left.
+inline void write_transposed(const float* from, int64_t stride, float factor, int64_t width, float* to,
+                             int64_t to_stride) {
+  constexpr __mmask16 quarters[] = {0x000f, 0x00f0, 0x0f00, 0xf000};
+#pragma GCC unroll 1
+  for (int64_t column = 0; column < width; column += 4, from += 4, to += 4 * to_stride) {
+    __m512 part[4] = {};
+    const float* row = from;
+#pragma GCC unroll 4
+    for (int quarter = 0; quarter < 4; quarter++)
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++, row += stride)
+        part[i] = _mm512_mask_broadcast_f32x4(part[i], quarters[quarter], _mm_loadu_ps(row));
+    const __m512d low = (__m512d)_mm512_maskz_unpacklo_ps(-1, part[0], part[1]);
+    const __m512d high = (__m512d)_mm512_maskz_unpackhi_ps(-1, part[0], part[1]);
+    const __m512d low2 = (__m512d)_mm512_maskz_unpacklo_ps(-1, part[2], part[3]);
+    const __m512d high2 = (__m512d)_mm512_maskz_unpackhi_ps(-1, part[2], part[3]);
+    const Vector<float> columns[4] = {
+        (Vector<float>)_mm512_maskz_unpacklo_pd(-1, low, low2), (Vector<float>)_mm512_maskz_unpackhi_pd(-1, low, low2),
+        (Vector<float>)_mm512_maskz_unpacklo_pd(-1, high, high2),
+        (Vector<float>)_mm512_maskz_unpackhi_pd(-1, high, high2)};
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++)
+      if (column + i < width) store(to + i * to_stride, columns[i] * factor);
+  }
+}
+#endif
+
 // Writes (channels, kLanes) of a row of `count` <= kLanes elements: `channels` numbers each, `stride` apart. Lanes
-// beyond `count` become 0.
+// beyond `count` repeat the last.
 template <typename S, typename T = Computed<S>>
 void transpose(const S* from, int64_t stride, int64_t count, int64_t channels, T factor, T* to, int64_t to_stride) {
   constexpr int n = Simd<T>::kLanes;
-  for (int64_t c = 0; c < channels; c += n) {
+  for (int64_t c = 0; c < channels; c += n, to += n * to_stride) {
     const int64_t width = smaller<int64_t>(n, channels - c);
-    Vector<T> rows[n];
     if (count == n && width == n) {
-#pragma GCC unroll 16
-      for (int i = 0; i < n; i++) rows[i] = load(from + i * stride + c);
-    } else {
-      for (int i = 0; i < n; i++) {
-        rows[i] = Vector<T>{};
-        if (i < count) rows[i] = width == n ? load(from + i * stride + c) : load_some(from + i * stride + c, width);
-      }
+      write_transposed(from + c, stride, factor, width, to, to_stride);
+      continue;
     }
-    transpose_block<T>(rows);
-    for (int64_t i = 0; i < width; i++) store(to + (c + i) * to_stride, rows[i] * factor);
+    alignas(64) T block[n * n];
+    const S* row = from + c;
+    for (int64_t i = 0; i < n; i++) {
+      store(block + i * n, width == n ? load(row) : load_some(row, width));
+      if (i + 1 < count) row += stride;
+    }
+    write_transposed(block, n, factor, width, to, to_stride);
   }
 }
 

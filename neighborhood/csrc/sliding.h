@@ -29,7 +29,7 @@ struct Sizes {
   int64_t margin, padded_width;  // of a transposed row: slots reach so far beyond the map
   int64_t planes, rows;          // of keys that a block of rows of queries meets, at most
   int64_t scores;                // vectors of scores of a tile of one row
-  int64_t bias_rows;             // rows of the bias table
+  int64_t bias_rows, table;  // rows and entries of the bias table
   int64_t reversed_width;        // of a row of the reversed table, with a margin on either side
 
   explicit Sizes(const Shape& shape) {
@@ -47,15 +47,20 @@ struct Sizes {
     const int64_t strips = (tiles - 1) / larger<int64_t>((most - kernel) / n, 2) + 1;
     strip = (tiles + strips - 1) / strips;
     width = smaller(strip * n + kernel - 1, shape.longest(2));
-    margin = kernel - 1;
-    padded_width = round_up(margin + round_up(width, n) + margin, n);
+    margin = round_up(kernel - 1, n);  // whole vectors are written
+    padded_width = margin + round_up(width, n) + margin;
     scores = shape.window();
     bias_rows = (2 * shape.kernel[0] - 1) * (2 * shape.kernel[1] - 1);
+    table = shape.table();
     reversed_width = n + 2 * shape.kernel[2] - 1 + n;
   }
 
   int64_t slots() const { return planes * rows; }
-  int64_t slot(int64_t plane, int64_t row) const { return plane % planes * rows + row % rows; }
+  // Divisions of 32 bits are several times as fast; what is in memory has no more rows.
+  int64_t slot(int64_t plane, int64_t row) const {
+    const uint32_t in_plane = static_cast<uint32_t>(row) % static_cast<uint32_t>(rows);
+    return planes == 1 ? in_plane : plane % planes * rows + in_plane;
+  }
   int64_t row_elements() const { return width * padded_dim; }
 };
 
@@ -202,33 +207,61 @@ struct KeyRows {
   }
 };
 
-// Asks the caches for a run of tokens.
+// Asks the caches for what the next block of queries reads, a few lines at a time: more at once would wait for memory.
 template <typename S>
-inline void prefetch_tokens(const S* from, int64_t stride, int64_t count, int64_t head_dim) {
-  constexpr int64_t line = 64 / sizeof(S);
-  for (int64_t i = 0; i < count; i++)
-    for (int64_t c = 0; c < head_dim; c += line) __builtin_prefetch(from + i * stride + c, 0, 2);
-}
+class Prefetcher {
+  typedef Computed<S> T;
 
-// Asks, while a tile of the block of queries at `y` is worked on, for its share of what the next block reads: its own
-// queries from `of_queries`, and from `of_keys` the keys that are new.
-template <typename S, typename T = Computed<S>>
-inline void prefetch_next(const Sizes<T>& sizes, const Map& map, const Strip<T>& strip, const Tile<T>& tile, int64_t y,
-                          int64_t end, std::initializer_list<const S*> of_queries,
-                          std::initializer_list<const S*> of_keys) {
-  const Axis& rows = map.rows();
-  const int64_t next = y + kRowBlock, count = smaller(kRowBlock, end - next), stride = map.stride[2];
-  if (!sizes.prefetch || count <= 0) return;
-  for (const S* tensor : of_queries)
-    for (int64_t r = next; r < next + count; r++)
-      prefetch_tokens(tensor + map.offset + r * map.stride[1] + tile.first * stride, stride, tile.lanes,
-                      sizes.head_dim);
-  const int64_t first = &tile == strip.first ? strip.first_key : tile.first + map.columns().kernel / 2;
-  const int64_t last = smaller(tile.first + tile.lanes + map.columns().kernel / 2, strip.end_key);
-  for (const S* tensor : of_keys)
-    for (int64_t r = rows.start(next - 1) + rows.kernel; r < rows.start(next + count - 1) + rows.kernel; r++)
-      prefetch_tokens(tensor + map.offset + r * map.stride[1] + first * stride, stride, last - first, sizes.head_dim);
-}
+ public:
+  // To ask, in `steps` steps, while a tile of the block of queries at `y` is worked on, for its share: its own queries
+  // from `of_queries`, and from `of_keys` the keys that are new.
+  void begin(const Sizes<T>& sizes, const Map& map, const Strip<T>& strip, const Tile<T>& tile, int64_t y, int64_t end,
+             std::initializer_list<const S*> of_queries, std::initializer_list<const S*> of_keys, int64_t steps) {
+    count_ = 0;
+    const Axis& rows = map.rows();
+    const int64_t next = y + kRowBlock, count = smaller(kRowBlock, end - next), half = map.columns().kernel / 2;
+    if (!sizes.prefetch || count <= 0) return;
+    stride_ = map.stride[2];
+    head_dim_ = sizes.head_dim;
+    for (const S* tensor : of_queries)
+      for (int64_t r = next; r < next + count; r++)
+        add(tensor + map.offset + r * map.stride[1], tile.first, tile.first + tile.lanes);
+    const int64_t first = &tile == strip.first ? strip.first_key : tile.first + half;
+    const int64_t last = smaller(tile.first + tile.lanes + half, strip.end_key);
+    for (const S* tensor : of_keys)
+      for (int64_t r = rows.start(next - 1) + rows.kernel; r < rows.start(next + count - 1) + rows.kernel; r++)
+        add(tensor + map.offset + r * map.stride[1], first, last);
+    int64_t tokens = 0;
+    for (int i = 0; i < count_; i++) tokens += runs_[i].tokens;
+    per_step_ = (tokens + steps - 1) / steps;
+    run_ = 0;
+  }
+
+  void step() {
+    constexpr int64_t line = 64 / sizeof(S);
+    if (run_ >= count_) return;
+    for (int64_t i = 0; i < per_step_; i++) {
+      Run& run = runs_[run_];
+      for (int64_t c = 0; c < head_dim_; c += line) __builtin_prefetch(run.next + c);
+      run.next += stride_;
+      if (--run.tokens == 0 && ++run_ == count_) return;
+    }
+  }
+
+ private:
+  struct Run {
+    const S* next;
+    int64_t tokens;
+  };
+
+  void add(const S* row, int64_t first, int64_t end) {
+    if (first < end) runs_[count_++] = {row + first * stride_, end - first};
+  }
+
+  Run runs_[4 * kRowBlock];
+  int count_ = 0, run_ = 0;
+  int64_t stride_, head_dim_, per_step_;
+};
 
 // Calls visit(plane, row) for what is new of the rows before `end_row` or, of a volume, of the planes before
 // `end_plane`; `next` is the first that is new.
@@ -264,7 +297,8 @@ struct Bias {
 // window, rows of the window, slots).
 template <typename S, typename T = Computed<S>>
 void score_tile(const Sizes<T>& sizes, const Map& map, const Tile<T>& tile, const KeyRows<S>& keys, const Bias<T>& bias,
-                int64_t z, int64_t y, int64_t count, const Vector<T>* queries, Vector<T>* scores) {
+                int64_t z, int64_t y, int64_t count, const Vector<T>* queries, Vector<T>* scores,
+                Prefetcher<S>& prefetcher) {
   constexpr int n = Simd<T>::kLanes;
   const Axis& axis = map.rows();
   const int64_t planes = map.planes().kernel, kernel = map.columns().kernel, first_plane = map.planes().start(z);
@@ -273,6 +307,7 @@ void score_tile(const Sizes<T>& sizes, const Map& map, const Tile<T>& tile, cons
   for (int64_t plane = 0; plane < planes; plane++) {
     const int64_t first_bias_row = (first_plane + plane - z + planes - 1) * (2 * axis.kernel - 1);
     for (int64_t key = axis.start(y); key < end; key++) {
+      prefetcher.step();
       ScoreRow<T> rows[kRowBlock];
       int64_t active = 0;
       for (int64_t r = 0; r < count; r++) {
@@ -290,7 +325,7 @@ void score_tile(const Sizes<T>& sizes, const Map& map, const Tile<T>& tile, cons
       const T* side_rows[2] = {row + tile.side[0].column - keys.first_key, row + tile.side[1].column - keys.first_key};
       row += tile.first - kernel / 2 - keys.first_key;
       for (int64_t pass = 0, slot = 0; pass < passes; pass++) {
-        const int64_t slots = (kernel - slot) / (passes - pass);
+        const int64_t slots = passes == 1 ? kernel : (kernel - slot) / (passes - pass);
         const T* sides[2] = {side_rows[0] + slot, side_rows[1] + slot};
         score_function<T>(active, slots, tile.sides)(row + slot, sides, tile.side, sizes.padded_width, sizes.head_dim,
                                                      rows);
@@ -310,28 +345,22 @@ void score_tile(const Sizes<T>& sizes, const Map& map, const Tile<T>& tile, cons
 // on.
 template <typename S, typename T = Computed<S>>
 void weigh(const Sizes<T>& sizes, const Map& map, const Tile<T>& tile, T* const* rows, int64_t first_key,
-           const Vector<T>* weights, const T* factor, S* to) {
+           const Vector<T>* weights, const T* factor, S* to, Prefetcher<S>& prefetcher) {
   constexpr int n = Simd<T>::kLanes;
   const int64_t kernel = map.columns().kernel;
   WindowRows<T> window = {rows, sizes.padded_dim, sizes.scores / kernel, nullptr, kernel * n};
   for (int64_t g = 0; g < tile.group_count; g++) {
+    prefetcher.step();
     const Group& group = tile.groups[g];
     window.weights = reinterpret_cast<const T*>(weights) + group.first_lane;
     for (int64_t c = 0; c < sizes.padded_dim;) {
       const int64_t channels = channels_at_once((sizes.padded_dim - c) / n);
-      Vector<T> sums[kQueries][kChannels];
-      group_function<T, false>(group, channels)(window, group.start - first_key, kernel, c, sums);
-      for (int64_t u = 0; u < group.size; u++) {
-        S* query = to + (tile.first + group.first_lane + u) * map.stride[2] + c;
-        for (int64_t v = 0; v < channels; v++) {
-          const Vector<T> sum = sums[u][v] * factor[group.first_lane + u];
-          const int64_t left = sizes.head_dim - c - v * n;
-          if (left >= n)
-            store(query + v * n, sum);
-          else
-            store_some(query + v * n, sum, left);
-        }
-      }
+      S* first = to + (tile.first + group.first_lane) * map.stride[2] + c;
+      with_variant(group, channels, [&](auto queries, auto shift, auto vectors) {
+        weighted_sum<S, queries(), shift(), vectors()>(window, group.start - first_key, kernel, c,
+                                                       factor + group.first_lane, sizes.head_dim - c, first,
+                                                       map.stride[2]);
+      });
       c += channels * n;
     }
   }
@@ -358,7 +387,9 @@ void scatter(const Sizes<T>& sizes, const Map& map, const Tile<T>& tile, T* cons
           parts[u][v] = left >= n ? load(from + v * n) : load_some(from + v * n, left);
         }
       }
-      group_function<T, true>(group, channels)(window, group.start - first_key, kernel, c, parts);
+      with_variant(group, channels, [&](auto queries, auto shift, auto vectors) {
+        spread<T, queries(), shift(), vectors()>(window, group.start - first_key, kernel, c, parts);
+      });
       c += channels * n;
     }
   }
@@ -387,6 +418,7 @@ struct SlidingForward {
   const Sizes<T> sizes;
   KeyRows<S> keys, values;
   Tiles<T> tiles;
+  Prefetcher<S> prefetcher;
   Bias<T> bias;
   Vector<T>*queries, *scores;
   T** rows;
@@ -420,8 +452,8 @@ struct SlidingForward {
                   values.fetch(sizes, map, plane, row);
                 });
         for (const Tile<T>& tile : strip) {
-          prefetch_next<S>(sizes, map, strip, tile, y, region.end_row, {arguments.query},
-                           {arguments.key, arguments.value});
+          prefetcher.begin(sizes, map, strip, tile, y, region.end_row, {arguments.query},
+                           {arguments.key, arguments.value}, map.rows().kernel + count * tile.group_count);
           block(arguments, map, tile, z, y, count);
         }
       }
@@ -436,7 +468,7 @@ struct SlidingForward {
       transpose<S>(arguments.query + first + r * map.stride[1] + tile.first * stride, stride, tile.lanes,
                    sizes.head_dim, static_cast<T>(arguments.scale), reinterpret_cast<T*>(queries + r * sizes.head_dim),
                    n);
-    score_tile<S>(sizes, map, tile, keys, bias, z, y, count, queries, scores);
+    score_tile<S>(sizes, map, tile, keys, bias, z, y, count, queries, scores, prefetcher);
     for (int64_t r = 0; r < count; r++) {
       Vector<T>* row_scores = scores + r * sizes.scores;
       Vector<T> sum, maximum;
@@ -447,7 +479,7 @@ struct SlidingForward {
           rows[p * height + a] = values.row(sizes, map.planes().start(z) + p, map.rows().start(y + r) + a);
       const int64_t row = first + r * map.stride[1];
       weigh<S>(sizes, map, tile, rows, values.first_key, row_scores, reinterpret_cast<const T*>(&factor),
-               arguments.output + row);
+               arguments.output + row, prefetcher);
       if (!arguments.logsumexp) continue;
       const Vector<T> logsumexp = maximum + logarithm<T>(sum);
       for (int64_t i = 0; i < tile.lanes; i++)
@@ -467,13 +499,14 @@ struct SlidingBackward {
   const Sizes<T> sizes;
   KeyRows<S> keys, values;
   Tiles<T> tiles;
+  Prefetcher<S> prefetcher;
   Bias<T> bias;
   T *grad_keys, *grad_values;  // (slots, width, padded_dim)
   Vector<T>*queries, *grads;   // (kRowBlock, head_dim), by channels
   Vector<T>*weights, *slopes;  // P and dS, like scores
   Vector<T>* logsumexp;
   Vector<T>* bias_sums;              // (Tiles::most_sums, bias_rows, slots)
-  int64_t sums;                      // vectors of one of these
+  int64_t sums, most_sums;  // vectors of one of these; how many there are
   T *carried_keys, *carried_values;  // (planes, rows, kernel, padded_dim): sums that the next strip goes on with
   T** rows;
 
@@ -500,22 +533,22 @@ struct SlidingBackward {
            T* grad_bias) {
     tiles.begin(map.columns());
     bias.begin(sizes, map.columns().kernel, arguments.bias ? arguments.bias + map.head * shape.table() : nullptr);
-    if (grad_bias) std::memset(bias_sums, 0, Tiles<T>::most_sums(shape) * sums * sizeof(Vector<T>));
+    most_sums = Tiles<T>::most_sums(shape);
+    if (grad_bias) std::memset(bias_sums, 0, most_sums * sums * sizeof(Vector<T>));
     const int64_t strips = tiles.strips(sizes), last_key = map.columns().length;
     int64_t carried = 0;  // columns before this one have sums already
     for (int64_t i = 0; i < strips; i++) {
       const Strip<T> strip = tiles.strip(sizes, map.columns(), i);
       // the next strip goes on with the sums from this column on
       const int64_t done = i + 1 < strips ? tiles.strip(sizes, map.columns(), i + 1).first_key : last_key;
-      this->strip(arguments, map, region, strip, carried, done, grad_bias != nullptr);
+      this->strip(arguments, map, region, strip, carried, done, grad_bias);
       carried = strip.end_key;
     }
-    if (grad_bias) write_bias(map, grad_bias);
   }
 
  private:
   void strip(const BackwardArguments<S>& arguments, const Map& map, const Region& region, const Strip<T>& strip,
-             int64_t carried, int64_t done_column, bool biased) {
+             int64_t carried, int64_t done_column, T* grad_bias) {
     const bool volume = sizes.volume;
     const int64_t height = map.rows().length;
     keys.begin(map, strip, arguments.key);
@@ -545,12 +578,16 @@ struct SlidingBackward {
                   begin_sums(map, strip, plane, row, carried, carried_keys, grad_keys);
                   begin_sums(map, strip, plane, row, carried, carried_values, grad_values);
                 });
-        const int64_t query = volume ? z : y;  // bands begin at multiples of kRowBlock
+        const int64_t query = volume ? z : y, query_end = volume ? z + 1 : y + count;
+        const bool own = query >= begin && query < end;  // bands and segments begin at multiples of kRowBlock
         for (const Tile<T>& tile : strip) {
-          prefetch_next<S>(sizes, map, strip, tile, y, end_row, {arguments.query, arguments.grad_output},
-                           {arguments.key, arguments.value});
-          this->block(arguments, map, tile, z, y, count, query >= begin && query < end, begin, end, biased);
+          prefetcher.begin(sizes, map, strip, tile, y, end_row, {arguments.query, arguments.grad_output},
+                           {arguments.key, arguments.value}, 2 * map.rows().kernel + count * tile.group_count);
+          this->block(arguments, map, tile, z, y, count, own, begin, end, grad_bias != nullptr);
         }
+        const bool row_ends = !volume || block + kRowBlock >= end_row;
+        if (grad_bias && own && row_ends && (query_end % arguments.segment == 0 || query_end == end))
+          add_bias_sums(strip, map, grad_bias + (query - begin) / arguments.segment * sizes.table);
         // no later query reaches keys before the next block's first one
         if (!volume && block + kRowBlock < end_row) write_until(axis.start(block + kRowBlock));
       }
@@ -578,8 +615,8 @@ struct SlidingBackward {
       for (int64_t i = 0; i < tile.lanes; i++)
         logsumexp[r][i] = static_cast<T>(arguments.logsumexp[(from + i * stride) / sizes.head_dim]);
     }
-    score_tile<S>(sizes, map, tile, keys, bias, z, y, count, queries, weights);
-    score_tile<S>(sizes, map, tile, values, Bias<T>{nullptr, nullptr}, z, y, count, grads, slopes);
+    score_tile<S>(sizes, map, tile, keys, bias, z, y, count, queries, weights, prefetcher);
+    score_tile<S>(sizes, map, tile, values, Bias<T>{nullptr, nullptr}, z, y, count, grads, slopes, prefetcher);
     for (int64_t r = 0; r < count; r++) {
       Vector<T>*row_weights = weights + r * sizes.scores, *row_slopes = slopes + r * sizes.scores;
       slope<T>(planes * height, kernel, logsumexp[r], row_weights, row_slopes);
@@ -588,7 +625,7 @@ struct SlidingBackward {
         for (int64_t p = 0; p < planes; p++)
           for (int64_t a = 0; a < height; a++) rows[p * height + a] = keys.row(sizes, first_plane + p, first_key + a);
         weigh<S>(sizes, map, tile, rows, keys.first_key, row_slopes, reinterpret_cast<const T*>(&scales),
-                 arguments.grad_query + row);
+                 arguments.grad_query + row, prefetcher);
         if (biased) add_bias(map, tile, z, y + r, row_slopes);
       }
       // the rows of the window that the band owns follow one another
@@ -618,16 +655,16 @@ struct SlidingBackward {
     }
   }
 
-  void write_bias(const Map& map, T* grad_bias) {
+  // Adds the sums of a strip's tiles to a table, and clears them.
+  void add_bias_sums(const Strip<T>& strip, const Map& map, T* grad_bias) {
     constexpr int n = Simd<T>::kLanes;
     const int64_t kernel = map.columns().kernel, width = 2 * kernel - 1;
-    std::memset(grad_bias, 0, sizes.bias_rows * width * sizeof(T));
     for (int64_t j = 0; j < sums; j++) {
       T sum = 0;
       for (int i = 0; i < n; i++) sum += bias_sums[j][i];
       grad_bias[j / kernel * width + j % kernel + kernel - 1 - kernel / 2] += sum;
     }
-    for (const Tile<T>& tile : tiles) {
+    for (const Tile<T>& tile : strip) {
       if (tile.sums == 0) continue;
       for (int64_t i = 0; i < tile.lanes; i++) {
         const int64_t query = tile.first + i, first = map.columns().start(query) - query + kernel - 1;
@@ -635,6 +672,7 @@ struct SlidingBackward {
           grad_bias[j / kernel * width + j % kernel + first] += bias_sums[tile.sums * sums + j][i];
       }
     }
+    std::memset(bias_sums, 0, most_sums * sums * sizeof(Vector<T>));
   }
 
   // Sums of a row: zero, or what the strip before left, in the columns before `carried`.
