@@ -16,7 +16,7 @@ test: $(VENV)/ready-oracle  ## the tests, those that need transformers too
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 full: $(VENV)/ready-oracle tensorflow-versions  ## everything, the slow tests and whole variants too
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 	mkdir -p build
 	$(BIN)/python -m parity check --all --level all --json build/parity.json --html build/parity.html --junit build/parity.xml
 	$(BIN)/python -m parity check --all --full
@@ -25,7 +25,7 @@ full: $(VENV)/ready-oracle tensorflow-versions  ## everything, the slow tests an
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror neighborhood/csrc/*.h neighborhood/csrc/*.cc
+	$(BIN)/clang-format --dry-run --Werror neighborhood/csrc/*.h neighborhood/csrc/*.cc tests/neighborhood/*.cc
 
 $(VENV)/ready: $(SOURCES)
 	@echo "Setting up $(VENV); the first time this takes a few minutes."

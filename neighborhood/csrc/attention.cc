@@ -170,7 +170,7 @@ Bands busy_bands(const Shape& shape, int threads, int64_t unit) {
   return Bands(shape, (length + unit - 1) / unit * unit);
 }
 
-constexpr int64_t kCacheBytes = 6 << 20;  // of a large cache, that heads may share
+constexpr int64_t kCacheBytes = 4 << 20;  // that what heads share in a large cache may take
 
 template <typename S>
 const char* forward(const Kernels<S>& kernels, const Shape& shape, const ForwardArguments<S>& arguments, int threads) {
@@ -178,9 +178,11 @@ const char* forward(const Kernels<S>& kernels, const Shape& shape, const Forward
   Bands bands = busy_bands(shape, threads, shape.kernel[shape.size[0] > 1 ? 0 : 1]);
   if (bands.axis == 1 && shape.heads > 1 && !shape.has_dense_maps()) {
     // heads lie side by side: they read a band of queries, keys and values and write outputs before the caches lose it
-    const int64_t row = 4 * shape.size[2] * shape.heads * shape.head_dim * static_cast<int64_t>(sizeof(S));
+    const int64_t columns = shape.strip_columns(sizeof(typename ComputeType<S>::Type));
+    const int64_t row = 4 * std::min(columns, shape.longest(2)) * shape.dilation[2] * shape.heads * shape.head_dim *
+                        static_cast<int64_t>(sizeof(S));
     const int64_t rows = std::max<int64_t>(kCacheBytes / row, 3 * shape.kernel[1]);
-    if (rows < bands.length) bands = Bands(shape, rows);
+    if (rows < bands.length || columns < shape.longest(2)) bands = Bands(shape, std::min(rows, bands.length), columns);
   }
   return run(shape, bands, kernels.forward_scratch(shape), threads, [&](int64_t begin, int64_t end, void* memory) {
     kernels.forward(shape, arguments, bands, begin, end, memory);
@@ -199,10 +201,9 @@ const char* backward(const Kernels<S>& kernels, const Shape& shape, BackwardArgu
   const int64_t table = shape.table(), count = bands.count(shape);
   std::vector<T> parts(grad_bias ? count * segments * table : 0);
   arguments.grad_bias = grad_bias ? parts.data() : nullptr;
-  const char* problem = run(shape, bands, kernels.backward_scratch(shape), threads,
-                            [&](int64_t begin, int64_t end, void* memory) {
-                              kernels.backward(shape, arguments, bands, begin, end, memory);
-                            });
+  const char* problem = run(
+      shape, bands, kernels.backward_scratch(shape), threads,
+      [&](int64_t begin, int64_t end, void* memory) { kernels.backward(shape, arguments, bands, begin, end, memory); });
   if (problem || !grad_bias) return problem;
   std::vector<double> sums(shape.heads * table);
   for (int64_t band = 0; band < count; band++) {

@@ -12,6 +12,10 @@ namespace neighborhood {
 
 constexpr int kAxes = 3;  // planes, rows, columns
 
+// Rows of queries that are worked on together. Bands begin at multiples of it, so that every key sums its contributions
+// in the same order however the map is cut.
+constexpr int64_t kRowBlock = 3;
+
 // The sizes of one call. Tensors are contiguous: (batch, depth, height, width, heads, head_dim).
 struct Shape {
   int64_t batch, size[kAxes], heads, head_dim;
@@ -19,6 +23,17 @@ struct Shape {
 
   // Of the longest dilation group.
   int64_t longest(int axis) const { return (size[axis] + dilation[axis] - 1) / dilation[axis]; }
+  // Columns of a strip whose rows of keys, transposed, stay in a near cache, for numbers of so many bytes: a multiple
+  // of the lanes of any register.
+  int64_t strip_columns(int64_t bytes) const {
+    constexpr int64_t kRingBytes = 128 << 10, kLanes = 16;
+    const int64_t planes = kernel[0], rows = size[0] > 1 ? longest(1) : kernel[1] + kRowBlock - 1;
+    const int64_t most = kRingBytes / (planes * rows * (head_dim > 0 ? head_dim : 1) * bytes);
+    const int64_t blocks = (longest(2) - 1) / kLanes + 1, wanted = (most - kernel[2]) / kLanes;
+    const int64_t strips = (blocks - 1) / (wanted > 2 ? wanted : 2) + 1;
+    return (blocks - 1) / strips * kLanes + kLanes;
+  }
+
   int64_t maps() const { return batch * dilation[0] * dilation[1] * dilation[2] * heads; }
   int64_t window() const { return kernel[0] * kernel[1] * kernel[2]; }
   // Whether some map is one window, and small enough for plain attention.
@@ -94,21 +109,19 @@ inline Map get_map(const Shape& shape, int64_t sample, int64_t group, int64_t he
   return map;
 }
 
-// Rows of queries that are worked on together. Bands begin at multiples of it, so that every key sums its contributions
-// in the same order however the map is cut.
-constexpr int64_t kRowBlock = 3;
-
-// A call's work, cut into bands: of planes where there are several, else of rows.
+// A call's work, cut into bands: of planes where there are several, else of rows; perhaps within strips of columns.
 struct Bands {
   int axis;                 // that is cut
   int64_t length, per_map;  // of a band; bands of a map
+  int64_t strips;           // of a map, each cut into bands; 1 if bands hold all columns
 
-  Bands(const Shape& shape, int64_t wanted) : axis(shape.size[0] > 1 ? 0 : 1) {
+  Bands(const Shape& shape, int64_t wanted, int64_t columns = INT64_MAX / 2) : axis(shape.size[0] > 1 ? 0 : 1) {
     const int64_t longest = shape.longest(axis);
     const int64_t multiple = axis == 0 ? 1 : kRowBlock;
     length = ((wanted > 1 ? wanted : 1) + multiple - 1) / multiple * multiple;
     if (length > longest) length = longest;
-    per_map = (longest + length - 1) / length;
+    strips = (shape.longest(2) - 1) / columns + 1;
+    per_map = (longest + length - 1) / length * strips;
   }
 
   int64_t count(const Shape& shape) const { return shape.maps() * per_map; }
@@ -122,8 +135,13 @@ struct Bands {
     return get_map(shape, sample, rest / shape.heads / per_map, rest % shape.heads);
   }
 
-  // Which of its map's bands it is.
-  int64_t part(const Shape& shape, int64_t band) const { return band / shape.heads % per_map * (per_map > 1); }
+  // Which of its map's bands it is, along the axis that is cut, and which strip.
+  int64_t part(const Shape& shape, int64_t band) const {
+    return per_map == 1 ? 0 : band / shape.heads % per_map / strips;
+  }
+  int64_t strip(const Shape& shape, int64_t band) const {
+    return per_map == 1 ? 0 : band / shape.heads % per_map % strips;
+  }
 };
 
 }  // namespace neighborhood

@@ -40,7 +40,7 @@ void over_bands(const Shape& shape, const Bands& bands, int64_t begin, int64_t e
       continue;
     }
     dense = nullptr;
-    const Region region(map, bands, bands.part(shape, band));
+    const Region region(map, bands, bands.part(shape, band), bands.strip(shape, band));
     if (region.empty()) continue;
     Carver carver(memory);
     Sliding sliding(carver, shape);

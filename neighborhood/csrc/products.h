@@ -187,7 +187,7 @@ __attribute__((noinline)) void weighted_sum(const WindowRows<T>& window, int64_t
 // row += weight * vectors[u] at every key of every query of the group.
 template <typename T, int Queries, int Shift, int Channels>
 __attribute__((noinline)) void spread(const WindowRows<T>& window, int64_t start, int64_t kernel, int64_t channel,
-            Vector<T> (*vectors)[kChannels]) {
+                                      Vector<T> (*vectors)[kChannels]) {
   constexpr int n = Simd<T>::kLanes;
   Vector<T> vector[Queries][Channels];
 #pragma GCC unroll 4

@@ -326,10 +326,10 @@ inline void write_transposed(const float* from, int64_t stride, float factor, in
     const __m512d high = (__m512d)_mm512_maskz_unpackhi_ps(-1, part[0], part[1]);
     const __m512d low2 = (__m512d)_mm512_maskz_unpacklo_ps(-1, part[2], part[3]);
     const __m512d high2 = (__m512d)_mm512_maskz_unpackhi_ps(-1, part[2], part[3]);
-    const Vector<float> columns[4] = {
-        (Vector<float>)_mm512_maskz_unpacklo_pd(-1, low, low2), (Vector<float>)_mm512_maskz_unpackhi_pd(-1, low, low2),
-        (Vector<float>)_mm512_maskz_unpacklo_pd(-1, high, high2),
-        (Vector<float>)_mm512_maskz_unpackhi_pd(-1, high, high2)};
+    const Vector<float> columns[4] = {(Vector<float>)_mm512_maskz_unpacklo_pd(-1, low, low2),
+                                      (Vector<float>)_mm512_maskz_unpackhi_pd(-1, low, low2),
+                                      (Vector<float>)_mm512_maskz_unpacklo_pd(-1, high, high2),
+                                      (Vector<float>)_mm512_maskz_unpackhi_pd(-1, high, high2)};
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++)
       if (column + i < width) store(to + i * to_stride, columns[i] * factor);

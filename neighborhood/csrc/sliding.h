@@ -14,7 +14,6 @@ namespace neighborhood {
 namespace NEIGHBORHOOD_INSTRUCTION_SET {
 namespace {
 
-constexpr int64_t kRingBytes = 128 << 10;      // of a strip's transposed keys, or a little more
 constexpr int64_t kPrefetchBytes = 256 << 10;  // of a sample
 
 // The sizes of working memory, for the longest dilation groups.
@@ -29,7 +28,7 @@ struct Sizes {
   int64_t margin, padded_width;  // of a transposed row: slots reach so far beyond the map
   int64_t planes, rows;          // of keys that a block of rows of queries meets, at most
   int64_t scores;                // vectors of scores of a tile of one row
-  int64_t bias_rows, table;  // rows and entries of the bias table
+  int64_t bias_rows, table;      // rows and entries of the bias table
   int64_t reversed_width;        // of a row of the reversed table, with a margin on either side
 
   explicit Sizes(const Shape& shape) {
@@ -42,10 +41,8 @@ struct Sizes {
     padded_dim = round_up(head_dim, n);
     planes = shape.kernel[0];
     rows = volume ? height : smaller(height, shape.kernel[1] + kRowBlock - 1);
-    const int64_t tiles = (shape.longest(2) + n - 1) / n, kernel = shape.kernel[2];
-    const int64_t most = kRingBytes / (planes * rows * head_dim * static_cast<int64_t>(sizeof(T)));  // keys of a row
-    const int64_t strips = (tiles - 1) / larger<int64_t>((most - kernel) / n, 2) + 1;
-    strip = (tiles + strips - 1) / strips;
+    const int64_t kernel = shape.kernel[2];
+    strip = shape.strip_columns(sizeof(T)) / n;
     width = smaller(strip * n + kernel - 1, shape.longest(2));
     margin = round_up(kernel - 1, n);  // whole vectors are written
     padded_width = margin + round_up(width, n) + margin;
@@ -398,8 +395,10 @@ void scatter(const Sizes<T>& sizes, const Map& map, const Tile<T>& tile, T* cons
 // The part of a map that a band holds.
 struct Region {
   int64_t first_plane, end_plane, first_row, end_row;
+  int64_t strip;  // or -1 for all columns
 
-  Region(const Map& map, const Bands& bands, int64_t band) {
+  Region(const Map& map, const Bands& bands, int64_t band, int64_t strip_of_band)
+      : strip(bands.strips > 1 ? strip_of_band : -1) {
     const int64_t length = map.axis[bands.axis].length;
     const int64_t begin = smaller(band * bands.length, length), end = smaller(begin + bands.length, length);
     first_plane = bands.axis == 0 ? begin : 0;
@@ -434,7 +433,9 @@ struct SlidingForward {
   void run(const Shape& shape, const ForwardArguments<S>& arguments, const Map& map, const Region& region) {
     tiles.begin(map.columns());
     bias.begin(sizes, map.columns().kernel, arguments.bias ? arguments.bias + map.head * shape.table() : nullptr);
-    for (int64_t i = 0; i < tiles.strips(sizes); i++)
+    const int64_t strips = tiles.strips(sizes);
+    const int64_t first = larger<int64_t>(region.strip, 0), end = region.strip < 0 ? strips : first + 1;
+    for (int64_t i = first; i < smaller(end, strips); i++)
       strip(arguments, map, region, tiles.strip(sizes, map.columns(), i));
   }
 
@@ -506,7 +507,7 @@ struct SlidingBackward {
   Vector<T>*weights, *slopes;  // P and dS, like scores
   Vector<T>* logsumexp;
   Vector<T>* bias_sums;              // (Tiles::most_sums, bias_rows, slots)
-  int64_t sums, most_sums;  // vectors of one of these; how many there are
+  int64_t sums, most_sums;           // vectors of one of these; how many there are
   T *carried_keys, *carried_values;  // (planes, rows, kernel, padded_dim): sums that the next strip goes on with
   T** rows;
 

@@ -3,7 +3,7 @@
 //
 //     fuzz CALLS SEED
 //
-// `make sanitizers` builds and runs it under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
+// sanitize.sh builds and runs it under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -26,13 +26,13 @@ std::atomic<int64_t> good{0}, refused{0}, failures{0};
 
 void report(const char* what, const NeighborhoodShape& s, int type, double error) {
   failures++;
-  std::fprintf(stderr,
-               "%s: type %d, batch %lld, size %lld %lld %lld, heads %lld, head_dim %lld, kernel %lld %lld %lld, dilation "
-               "%lld %lld %lld: %g\n",
-               what, type, (long long)s.batch, (long long)s.depth, (long long)s.height, (long long)s.width,
-               (long long)s.heads, (long long)s.head_dim, (long long)s.kernel_depth, (long long)s.kernel_height,
-               (long long)s.kernel_width, (long long)s.dilation_depth, (long long)s.dilation_height,
-               (long long)s.dilation_width, error);
+  std::fprintf(
+      stderr,
+      "%s: type %d, batch %lld, size %lld %lld %lld, heads %lld, head_dim %lld, kernel %lld %lld %lld, dilation "
+      "%lld %lld %lld: %g\n",
+      what, type, (long long)s.batch, (long long)s.depth, (long long)s.height, (long long)s.width, (long long)s.heads,
+      (long long)s.head_dim, (long long)s.kernel_depth, (long long)s.kernel_height, (long long)s.kernel_width,
+      (long long)s.dilation_depth, (long long)s.dilation_height, (long long)s.dilation_width, error);
 }
 
 // Numbers of a type, in memory of exactly their size.
@@ -68,7 +68,8 @@ class Tensor {
     uint32_t bits;
     std::memcpy(&bits, &narrow, 4);
     if (type_ == kNeighborhoodBFloat16) return put(i, static_cast<uint16_t>(bits >> 16));
-    const int exponent = static_cast<int>(bits >> 23 & 255) - 127 + 15;  // cut off; too large and too small are infinite and 0
+    const int exponent =
+        static_cast<int>(bits >> 23 & 255) - 127 + 15;  // cut off; too large and too small are infinite and 0
     const uint32_t magnitude = exponent <= 0 ? 0 : exponent >= 31 ? 31 << 10 : exponent << 10 | (bits >> 13 & 1023);
     put(i, static_cast<uint16_t>(bits >> 16 & 0x8000 | magnitude));
   }
@@ -118,7 +119,10 @@ struct Plain {
 
   Plain(const NeighborhoodShape& s, const Doubles& query, const Doubles& key, const Doubles& value, const Doubles& bias,
         const Doubles& grad, double scale)
-      : output(query.size()), grad_query(query.size()), grad_key(query.size()), grad_value(query.size()),
+      : output(query.size()),
+        grad_query(query.size()),
+        grad_key(query.size()),
+        grad_value(query.size()),
         grad_bias(bias.size()) {
     const Axis axes[3] = {{s.depth, s.kernel_depth, s.dilation_depth},
                           {s.height, s.kernel_height, s.dilation_height},
@@ -267,7 +271,8 @@ class Caller {
   }
 
   void spoil(NeighborhoodShape* shape, int* type) {
-    const int64_t values[] = {0, -1, 1, 2, INT64_MIN, INT64_MAX, 1LL << 20, 1LL << 31, (1LL << 32) - 1, 1LL << 46, 1LL << 62};
+    const int64_t values[] = {0,         -1,       1, 2, INT64_MIN, INT64_MAX, 1LL << 20, 1LL << 31, (1LL << 32) - 1,
+                              1LL << 46, 1LL << 62};
     int64_t* fields = reinterpret_cast<int64_t*>(shape);
     const int64_t field = below(sizeof(*shape) / 8 + 1);
     if (field == sizeof(*shape) / 8)
@@ -279,8 +284,8 @@ class Caller {
   void expect_refusal(const NeighborhoodShape& s, int type) {
     const bool empty = is_good(s) && elements(s) == 0;
     const char* forward = neighborhood_forward(type, &s, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, 1.0, 1);
-    const char* backward = neighborhood_backward(type, &s, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
-                                                 nullptr, nullptr, nullptr, 1.0, 1);
+    const char* backward = neighborhood_backward(type, &s, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
+                                                 nullptr, nullptr, nullptr, nullptr, 1.0, 1);
     if (!empty && (!forward || !backward || !*backward)) report("not refused", s, type, 0);
     refused++;
   }
@@ -289,14 +294,16 @@ class Caller {
     std::normal_distribution<double> normal;
     for (int64_t i = 0; i < tensor->count(); i++) tensor->set(i, normal(random_));
     const double numbers[] = {NAN, INFINITY, -INFINITY, 1e38, -1e38, 1e-40, 0.0, -0.0};
-    for (int64_t i = below(5); odd && i > 0 && tensor->count(); i--) tensor->set(below(tensor->count()), numbers[below(8)]);
+    for (int64_t i = below(5); odd && i > 0 && tensor->count(); i--)
+      tensor->set(below(tensor->count()), numbers[below(8)]);
   }
 
   void run(const NeighborhoodShape& s, int type) {
     const int64_t count = static_cast<int64_t>(elements(s));
     const int64_t entries = static_cast<int64_t>(table(s));
     const bool biased = below(2), odd = below(4) == 0;
-    Tensor query(type, count), key(type, count), value(type, count), grad(type, count), bias(type, biased ? entries : 0);
+    Tensor query(type, count), key(type, count), value(type, count), grad(type, count),
+        bias(type, biased ? entries : 0);
     for (Tensor* tensor : {&query, &key, &value, &grad, &bias}) fill(tensor, odd);
     Tensor output(type, count), grad_query(type, count), grad_key(type, count), grad_value(type, count),
         grad_bias(type, biased ? entries : 0), logsumexp(kNeighborhoodFloat64, s.head_dim ? count / s.head_dim : 0);
@@ -308,10 +315,10 @@ class Caller {
         neighborhood_forward(type, &s, query.data(), key.data(), value.data(), table_data, output.data(),
                              below(4) || !odd ? static_cast<double*>(logsumexp.data()) : nullptr, scale, threads);
     if (problem) return report(problem, s, type, 0);
-    problem = neighborhood_backward(type, &s, query.data(), key.data(), value.data(), table_data,
-                                    static_cast<double*>(logsumexp.data()), grad.data(), grad_query.data(),
-                                    grad_key.data(), grad_value.data(), biased ? grad_bias.data() : nullptr, scale,
-                                    threads);
+    problem =
+        neighborhood_backward(type, &s, query.data(), key.data(), value.data(), table_data,
+                              static_cast<double*>(logsumexp.data()), grad.data(), grad_query.data(), grad_key.data(),
+                              grad_value.data(), biased ? grad_bias.data() : nullptr, scale, threads);
     if (problem) return report(problem, s, type, 0);
     good++;
     if (odd || count == 0) return;
