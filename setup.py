@@ -4,7 +4,9 @@ Two libraries: the kernels behind a C interface, and TensorFlow's op, which call
 headers. Without a compiler the package installs all the same.
 """
 
+import os
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -27,8 +29,11 @@ class BuildLibraries(build_ext):
 
     def build_extension(self, extension):
         library = Path(self.get_ext_fullpath(extension.name))
+        jobs = [job for source in extension.sources for job in self.variants(Path(source))]
+        with ThreadPoolExecutor(os.cpu_count()) as executor:  # compilers are processes of their own
+            objects = list(executor.map(lambda job: self.compile(*job), jobs))
         self.compiler.link_shared_object(
-            [part for source in extension.sources for part in self.compile_source(Path(source))],
+            [part for parts in objects for part in parts],
             str(library),
             libraries=extension.libraries,
             library_dirs=[str(library.parent)],
@@ -36,15 +41,17 @@ class BuildLibraries(build_ext):
             target_lang="c++",
         )
 
-    def compile_source(self, source):
-        variants = [(self.build_temp, [])]
-        if source.name == "kernels.cc":
-            variants = [
-                (f"{self.build_temp}/{name}", [*macros(name, size), *flags])
-                for name, (size, flags) in INSTRUCTION_SETS.items()
-            ]
-        for folder, flags in variants:
-            yield from self.compiler.compile([str(source)], output_dir=folder, extra_postargs=[*FLAGS, *flags])
+    def variants(self, source):
+        """Source, folder of the object file and flags: once, or once per instruction set."""
+        if source.name != "kernels.cc":
+            return [(source, self.build_temp, [])]
+        return [
+            (source, f"{self.build_temp}/{name}", [*macros(name, size), *flags])
+            for name, (size, flags) in INSTRUCTION_SETS.items()
+        ]
+
+    def compile(self, source, folder, flags):
+        return self.compiler.compile([str(source)], output_dir=folder, extra_postargs=[*FLAGS, *flags])
 
 
 def macros(name, size):

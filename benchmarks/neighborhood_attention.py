@@ -1,37 +1,33 @@
 """Times neighborhood attention of both halves against what a user of torch has without it, and against sgemm.
 
-    python -m benchmarks.neighborhood_attention --threads 1
+    python -m benchmarks.neighborhood_attention --threads 1 2 --json figures.json --plot figures.png
 
 Contenders: `native` and `composed` of either half; torch's dense attention with a mask of window and bias (`sdpa`; the
-mask is made beforehand, but in training, where the bias changes), and torch with keys gathered per window (`gather`).
-All compute the same, float32, with a bias. In every round each contender runs for a moment and so does a matrix
-product; medians over rounds, so that a machine whose clock swings treats all alike. GFLOP/s count useful work: two
-products of each query with the keys of its window, and 3.5 times that with the backward. Percentages are of the matrix
-product's rate in the same rounds, with as many threads.
+mask is made beforehand, but in training, where the bias changes), torch with keys gathered per window (`gather`),
+torch's flex_attention, eager and compiled, and NATTEN where it is installed. In every round each contender runs for a
+moment, and so do a matrix product and a copy: medians over rounds treat all alike, on machines too whose clock swings.
+GFLOP/s count useful work: two products of each query with the keys of its window, and 3.5 times that with the backward.
+Percentages are of the matrix product's rate in the same rounds, with as many threads.
 """
 
 import argparse
 import json
 import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import numpy as np
-import tensorflow as tf
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from neighborhood import native
-from neighborhood.tiles import known_tiles
-from neighborhood.windows import bias_positions, key_positions
-from ptmodels.ops import neighborhood_attention as torch_attention
-from tfmodels.ops import neighborhood_attention as keras_attention
-
-# heads, height, width, kernel size, dilation, head_dim; batch 1
+# heads, height, width, kernel size, dilation, head_dim
 CASES = [
     (2, 56, 56, 7, 1, 32),
     (4, 28, 28, 7, 1, 32),
@@ -40,120 +36,66 @@ CASES = [
     (2, 56, 56, 7, 8, 32),
     (4, 28, 28, 7, 4, 32),
     (8, 14, 14, 7, 2, 32),
+    (2, 56, 56, 3, 1, 32),
+    (2, 56, 56, 5, 1, 32),
+    (2, 56, 56, 9, 1, 32),
+    (2, 56, 56, 11, 1, 32),
+    (2, 56, 56, 13, 1, 32),
+    (4, 56, 56, 7, 1, 16),
+    (2, 56, 56, 7, 1, 24),
+    (2, 56, 56, 7, 1, 64),
+    (2, 112, 112, 7, 1, 32),
     (2, 224, 224, 7, 1, 32),
+    (2, 224, 224, 7, 16, 32),
+    (2, 448, 448, 7, 1, 32),
 ]
-DENSE_LIMIT = 4096  # tokens: a mask of more does not fit
+ROUNDS_OF_LARGE_CASES = 3
+MATRIX = 1536
+COPIED = 1 << 24  # float32 numbers
 
 
-class Case:
-    """The inputs of one case, and its contenders."""
+def measure(case, backward: bool, rounds: int) -> dict:
+    """Returns the rates of sgemm and of copying and, per contender, seconds, GFLOP/s and percent of sgemm."""
+    import numpy as np
+    import torch
 
-    def __init__(self, heads: int, height: int, width: int, kernel_size: int, dilation: int, head_dim: int):
-        self.kernel_size, self.dilation = kernel_size, dilation
-        self.name = f"{heads}x{height}x{width} k{kernel_size} d{dilation} head_dim {head_dim}"
-        self.tokens = height * width
-        self.flops = 4 * heads * self.tokens * kernel_size**2 * head_dim
-        generator = np.random.default_rng(0)
-        self.arrays = generator.standard_normal((4, 1, height, width, heads, head_dim)).astype(np.float32)
-        self.table = generator.standard_normal((heads, *(2 * kernel_size - 1,) * 2)).astype(np.float32)
-        axes = [(length, kernel_size, dilation) for length in (height, width)]
-        rows, columns = (key_positions(*axis) for axis in axes)
-        row_entries, column_entries = (bias_positions(*axis) for axis in axes)
-        flat = rows[:, None, :, None] * width + columns[None, :, None, :]
-        self.keys = torch.tensor(flat.reshape(self.tokens, -1))
-        flat = row_entries[:, None, :, None] * (2 * kernel_size - 1) + column_entries[None, :, None, :]
-        self.entries = torch.tensor(flat.reshape(self.tokens, -1))
-        known_tiles((height, width), (kernel_size,) * 2, (dilation,) * 2)
-
-    def contenders(self, backward: bool) -> dict[str, Callable]:
-        found = {}
-        for implementation in ("native", "composed"):
-            found[f"torch {implementation}"] = self._torch(self._ours(implementation), backward)
-            found[f"keras {implementation}"] = self._keras(implementation, backward)
-        if self.tokens <= DENSE_LIMIT:
-            found["sdpa"] = self._torch(self._sdpa if backward else self._sdpa_of_known_mask(), backward)
-        found["gather"] = self._torch(self._gather, backward)
-        return found
-
-    def _ours(self, implementation: str) -> Callable:
-        def attention(query, key, value, table):
-            sizes = (self.kernel_size, self.dilation)
-            return torch_attention(query, key, value, *sizes, rel_pos_bias=table, implementation=implementation)
-
-        return attention
-
-    def _mask(self, table):
-        heads = table.shape[0]
-        mask = table.new_full((heads, self.tokens, self.tokens), -torch.inf)
-        return mask.scatter(2, self.keys.expand(heads, -1, -1), table.flatten(1)[:, self.entries])
-
-    def _sdpa_of_known_mask(self) -> Callable:
-        mask = self._mask(torch.tensor(self.table))  # in training the bias changes from step to step
-        return lambda query, key, value, table: self._sdpa(query, key, value, table, mask)
-
-    def _sdpa(self, query, key, value, table, mask=None):
-        mask = self._mask(table) if mask is None else mask
-        flat = [x.flatten(1, 2).transpose(1, 2) for x in (query, key, value)]  # (B, heads, tokens, head_dim)
-        output = torch.nn.functional.scaled_dot_product_attention(*flat, attn_mask=mask[None])
-        return output.transpose(1, 2).reshape(query.shape)
-
-    def _gather(self, query, key, value, table):
-        query, key, value = (x.flatten(1, 2).transpose(1, 2) for x in (query, key, value))
-        logits = torch.einsum("bhnd,bhnkd->bhnk", query * query.shape[-1] ** -0.5, key[:, :, self.keys])
-        weights = (logits + table.flatten(1)[:, self.entries]).softmax(-1)
-        output = torch.einsum("bhnk,bhnkd->bhnd", weights, value[:, :, self.keys])
-        return output.transpose(1, 2).reshape(self.arrays[0].shape)
-
-    def _torch(self, attention: Callable, backward: bool) -> Callable:
-        inputs = [torch.tensor(x, requires_grad=backward) for x in (*self.arrays[:3], self.table)]
-        grad = torch.tensor(self.arrays[3])
-
-        def run():
-            if not backward:
-                with torch.no_grad():
-                    return attention(*inputs).numpy()
-            output = attention(*inputs)
-            torch.autograd.grad(output, inputs, grad)
-            return output.detach().numpy()
-
-        return run
-
-    def _keras(self, implementation: str, backward: bool) -> Callable:
-        inputs = [tf.constant(x) for x in (*self.arrays[:3], self.table)]
-        grad = tf.constant(self.arrays[3])
-
-        @tf.function
-        def attention(query, key, value, table):
-            with tf.GradientTape() as tape:
-                tape.watch((query, key, value, table))
-                sizes = (self.kernel_size, self.dilation)
-                output = keras_attention(query, key, value, *sizes, rel_pos_bias=table, implementation=implementation)
-            if not backward:
-                return output
-            return output, tape.gradient(output, (query, key, value, table), output_gradients=grad)
-
-        return lambda: (attention(*inputs)[0] if backward else attention(*inputs)).numpy()
-
-
-def measure(case: Case, backward: bool, rounds: int) -> dict[str, dict]:
-    """Returns, per contender, the median time in seconds, GFLOP/s and percent of sgemm."""
-    contenders = case.contenders(backward)
-    outputs = {name: run() for name, run in contenders.items()}  # the first call compiles
-    for name, output in outputs.items():
-        error = np.abs(output - outputs["gather"]).max()
-        assert error < 1e-4, f"{name} is off by {error:.1e}"
-    matrix = torch.randn(1536, 1536)
-    times = {name: [] for name in ("sgemm", *contenders)}
-    for _ in range(rounds):
-        for name, run in {"sgemm": lambda: matrix @ matrix, **contenders}.items():
+    contenders, failed = {}, {}
+    reference = case.reference() if case.tokens <= 4096 else None
+    for name, run in case.contenders(backward).items():
+        try:
+            output = run()  # the first call compiles
+        except Exception as error:  # a peer that cannot do this case
+            failed[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
+            continue
+        if reference is not None:
+            error = np.abs(output - reference(case.has_bias(name))).max()
+            assert error < 1e-4, f"{name} is off by {error:.1e}"
+        contenders[name] = run
+    matrix, numbers = torch.randn(MATRIX, MATRIX), torch.randn(COPIED)
+    copy = torch.empty_like(numbers)
+    gauges = {"sgemm": lambda: matrix @ matrix, "copy": lambda: copy.copy_(numbers)}
+    times = {name: [] for name in (*gauges, *contenders)}
+    slow = set()
+    for round_ in range(rounds):
+        for name, run in {**gauges, **contenders}.items():
+            if name in slow and round_ >= ROUNDS_OF_LARGE_CASES:
+                continue
             times[name].append(seconds_of(run))
-    sgemm = 2 * 1536**3 / statistics.median(times.pop("sgemm"))
+            if times[name][-1] > 0.5:
+                slow.add(name)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    sgemm = 2 * MATRIX**3 / medians["sgemm"]
     flops = case.flops * (3.5 if backward else 1)
-    results = {}
-    for name, values in times.items():
-        seconds = statistics.median(values)
-        results[name] = {"seconds": seconds, "gflops": flops / seconds / 1e9, "percent": 100 * flops / seconds / sgemm}
-    return {"sgemm_gflops": sgemm / 1e9, "contenders": results}
+    results = {
+        name: {
+            "seconds": medians[name],
+            "gflops": flops / medians[name] / 1e9,
+            "percent": 100 * flops / medians[name] / sgemm,
+        }
+        for name in contenders
+    }
+    copied = 8 * COPIED / medians["copy"] / 1e9
+    return {"sgemm_gflops": sgemm / 1e9, "copy_gbytes": copied, "contenders": results, "failed": failed}
 
 
 def seconds_of(run: Callable) -> float:
@@ -167,43 +109,142 @@ def seconds_of(run: Callable) -> float:
     return (time.perf_counter() - begin) / calls
 
 
+def peers_of(results: dict) -> dict:
+    """What is not ours."""
+    return {name: result for name, result in results.items() if name.split()[0] not in ("torch", "keras")}
+
+
 def show(console: Console, name: str, measured: dict) -> None:
-    table = Table(title=f"{name}; sgemm {measured['sgemm_gflops']:.0f} GFLOP/s", title_justify="left", box=None)
+    title = f"{name}; sgemm {measured['sgemm_gflops']:.0f} GFLOP/s, copy {measured['copy_gbytes']:.0f} GB/s"
+    table = Table(title=title, title_justify="left", box=None)
     for column in ("contender", "ms", "GFLOP/s", "% of sgemm", "times as long as torch native"):
         table.add_column(column, justify="left" if column == "contender" else "right")
     results = measured["contenders"]
-    for contender, result in results.items():
+    for contender, result in sorted(results.items(), key=lambda item: item[1]["seconds"]):
         ratio = result["seconds"] / results["torch native"]["seconds"]
         ms = f"{1e3 * result['seconds']:.2f}"
         table.add_row(contender, ms, f"{result['gflops']:.1f}", f"{result['percent']:.0f}", f"{ratio:.1f}")
     console.print(table)
+    for contender, reason in measured["failed"].items():
+        console.print(f"  without {contender}: {reason[:100]}", style="dim", markup=False)
     console.print()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--threads", type=int, default=1, help="threads of every contender (default 1)")
-    parser.add_argument("--rounds", type=int, default=9, help="rounds, of which medians are taken (default 9)")
-    parser.add_argument("--cases", type=int, default=len(CASES), help="how many of the cases, from the first")
-    parser.add_argument("--forward-only", action="store_true", help="no forward with backward")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    tf.config.threading.set_intra_op_parallelism_threads(arguments.threads)
+def run_with(threads: int, arguments: argparse.Namespace) -> dict:
+    """Measures all cases in this process, with so many threads."""
+    import tensorflow as tf
+    import torch
+
+    from benchmarks.contenders import DENSE_TOKENS, Case
+    from neighborhood import native
+
+    warnings.simplefilter("ignore")  # of peers
+    torch.set_num_threads(threads)
+    tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(1)
     console = Console()
-    console.print(f"{arguments.threads} thread(s), {native.instruction_set()}, float32, batch 1, medians\n")
-    report = {"threads": arguments.threads, "instruction_set": native.instruction_set(), "results": []}
+    console.print(f"{threads} thread(s), {native.instruction_set()}, float32, batch 1, medians\n")
+    report = {"threads": threads, "instruction_set": native.instruction_set(), "results": []}
     for sizes in CASES[: arguments.cases]:
         case = Case(*sizes)
         for backward in (False,) if arguments.forward_only else (False, True):
             name = f"{case.name}, {'forward and backward' if backward else 'forward'}"
-            measured = measure(case, backward, arguments.rounds if case.tokens <= DENSE_LIMIT else 3)
+            rounds = arguments.rounds if case.tokens <= DENSE_TOKENS else min(arguments.rounds, ROUNDS_OF_LARGE_CASES)
+            measured = measure(case, backward, rounds)
             show(console, name, measured)
-            report["results"].append({"case": name, **measured})
+            report["results"].append({"case": case.name, "backward": backward, **measured})
+    return report
+
+
+def show_summary(console: Console, reports: list[dict]) -> None:
+    """The native kernels' share of sgemm, and their ratios to peers; and what further threads gain."""
+    for report in reports:
+        table = Table(title=f"Native, {report['threads']} thread(s)", title_justify="left", box=None)
+        for column in ("case", "% of sgemm", "fastest peer", "times as long", "composed: fastest peer / ours"):
+            table.add_column(column, justify="left" if column in ("case", "fastest peer") else "right")
+        for result in report["results"]:
+            ours, peers = result["contenders"], peers_of(result["contenders"])
+            native = min(ours["torch native"]["seconds"], ours["keras native"]["seconds"])
+            composed = min(ours["torch composed"]["seconds"], ours["keras composed"]["seconds"])
+            name = result["case"] + (", with backward" if result["backward"] else "")
+            percent = max(ours["torch native"]["percent"], ours["keras native"]["percent"])
+            best = min(peers, key=lambda peer: peers[peer]["seconds"], default=None)
+            seconds = peers[best]["seconds"] if best else float("nan")
+            cells = ("", "", "") if best is None else (best, f"{seconds / native:.1f}", f"{seconds / composed:.1f}")
+            table.add_row(name, f"{percent:.0f}", *cells)
+        console.print(table)
+        console.print()
+    for report in reports[1:]:
+        gains = []
+        for one, more in zip(reports[0]["results"], report["results"], strict=True):
+            gain = one["contenders"]["torch native"]["seconds"] / more["contenders"]["torch native"]["seconds"]
+            gains.append(gain / (more["sgemm_gflops"] / one["sgemm_gflops"]))
+        text = f"{report['threads']} threads instead of {reports[0]['threads']}: the kernels gain"
+        console.print(
+            f"{text} {min(gains):.2f} to {max(gains):.2f} of what sgemm gains, {statistics.median(gains):.2f} "
+            "in the median."
+        )
+
+
+def plot(report: dict, path: Path) -> None:
+    """Draws the times of the cases that all contenders can do."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = ["torch native", "torch composed", "gather", "sdpa", "flex compiled", "natten"]
+    labels = ["native", "composed", "keys gathered", "dense, masked", "flex, compiled", "NATTEN 0.21"]
+    colors = ["#0b6e4f", "#6bbf8a", "#b8b8b8", "#8f8f8f", "#6b6b6b", "#474747"]
+    results = [r for r in report["results"] if not r["backward"] and "sdpa" in r["contenders"]][:7]
+    figure, axes = plt.subplots(figsize=(9, 4.2), layout="constrained")
+    for i, (name, label, color) in enumerate(zip(shown, labels, colors, strict=True)):
+        places = [(row, r["contenders"][name]["seconds"]) for row, r in enumerate(results) if name in r["contenders"]]
+        if places:
+            rows, seconds = zip(*places, strict=True)
+            axes.bar(
+                [row + (i - 2.5) * 0.14 for row in rows], [1e3 * s for s in seconds], 0.13, label=label, color=color
+            )
+    axes.set_yscale("log")
+    axes.set_xticks(range(len(results)), [r["case"].replace(" head_dim 32", "").replace(" k7", "") for r in results])
+    axes.set_ylabel("milliseconds, forward")
+    axes.set_title(
+        f"Neighborhood attention, window 7x7, heads x height x width, dilation; {report['threads']} thread(s)"
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.legend(ncols=6, loc="upper center", bbox_to_anchor=(0.5, -0.08), frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="threads of every contender (default 1)")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds, of which medians are taken (default 9)")
+    parser.add_argument("--cases", type=int, default=len(CASES), help="how many of the cases, from the first")
+    parser.add_argument("--forward-only", action="store_true", help="no forward with backward")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures there too")
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw the times of forwards there")
+    arguments = parser.parse_args()
+    reports = []
+    if len(arguments.threads) == 1:
+        reports.append(run_with(arguments.threads[0], arguments))
+    for threads in arguments.threads if len(arguments.threads) > 1 else ():  # TensorFlow's threads are set once
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "figures.json"
+            command = [sys.executable, "-m", "benchmarks.neighborhood_attention", "--threads", str(threads)]
+            command += ["--rounds", str(arguments.rounds), "--cases", str(arguments.cases), "--json", str(path)]
+            environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+            subprocess.run(command + ["--forward-only"] * arguments.forward_only, check=True, env=environment)
+            reports += json.loads(path.read_text())
+    show_summary(Console(), reports)
     if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=1)
+        arguments.json.write_text(json.dumps(reports, indent=1))
+    if arguments.plot:
+        plot(reports[0], arguments.plot)
 
 
 if __name__ == "__main__":

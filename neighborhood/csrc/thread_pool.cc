@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <cstring>
@@ -21,7 +22,7 @@ struct Job {
   int threads;  // that may work on it
   const std::function<void(int64_t)>* work;
   std::atomic<int64_t> next{0};
-  int workers = 0;  // on it now, the caller included; guarded by Pool::mutex
+  std::atomic<int> workers{0};  // on it now, the caller included; changed under Pool::mutex
 
   bool open() const { return next.load(std::memory_order_relaxed) < count; }
 };
@@ -33,7 +34,21 @@ struct Pool {
   int helpers = 0;              // threads that exist
   std::atomic<int> active{0};   // threads that work, callers included
   std::atomic<int> allowed{1};  // the largest `threads` of the jobs at hand
+  std::atomic<int> pushed{0};   // jobs so far
 };
+
+// Looks out for something for a moment, before a wait: a thread that sleeps takes as long to wake as a small call takes
+// in all.
+template <typename Done>
+void spin_until(Done done) {
+  const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(50);
+  while (!done() && std::chrono::steady_clock::now() < end)
+    for (int i = 0; i < 16 && !done(); i++) {
+#ifdef __x86_64__
+      __builtin_ia32_pause();
+#endif
+    }
+}
 
 // Never freed: helpers may wait on it until the process ends. A forked child, which has no helpers, gets another.
 std::atomic<Pool*> pool{nullptr};
@@ -61,7 +76,14 @@ void help(Pool* p) {
   std::unique_lock<std::mutex> lock(p->mutex);
   while (true) {
     Job* job = nullptr;
-    p->wake.wait(lock, [&] { return p->active < p->allowed && (job = find_job(p)) != nullptr; });
+    const auto found = [&] { return p->active < p->allowed && (job = find_job(p)) != nullptr; };
+    if (!found()) {
+      const int pushed = p->pushed;
+      lock.unlock();
+      spin_until([&] { return p->pushed != pushed; });
+      lock.lock();
+      p->wake.wait(lock, found);
+    }
     job->workers++;
     p->active++;
     lock.unlock();
@@ -127,11 +149,13 @@ void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>
     }
     job.workers = 1;
     p->jobs.push_back(&job);
+    p->pushed++;
     p->active++;
     p->allowed = std::max(p->allowed.load(), threads);
   }
   p->wake.notify_all();
   for (int64_t i; (i = job.next.fetch_add(1)) < count;) work(i);
+  spin_until([&] { return job.workers == 1; });
   std::unique_lock<std::mutex> lock(p->mutex);
   job.workers--;
   p->active--;
