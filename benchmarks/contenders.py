@@ -55,6 +55,7 @@ class Case:
             found["gather"] = self._torch(self._gather, backward)
         if self.tokens <= DENSE_TOKENS and not backward:
             found["flex"] = self._torch(self._flex(flex.flex_attention), backward)
+            torch.compiler.reset()  # else it is wrong from the second case on
             found["flex compiled"] = self._torch(self._flex(torch.compile(flex.flex_attention)), backward)
             found["natten"] = self._torch(self._natten, backward)
         return found

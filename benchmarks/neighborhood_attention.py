@@ -69,7 +69,10 @@ def measure(case, backward: bool, rounds: int) -> dict:
             continue
         if reference is not None:
             error = np.abs(output - reference(case.has_bias(name))).max()
-            assert error < 1e-4, f"{name} is off by {error:.1e}"
+            if not error < 1e-4:
+                assert name.split()[0] not in ("torch", "keras"), f"{name} is off by {error:.1e}"
+                failed[name] = f"its output is off by {error:.1e}"
+                continue
         contenders[name] = run
     matrix, numbers = torch.randn(MATRIX, MATRIX), torch.randn(COPIED)
     copy = torch.empty_like(numbers)

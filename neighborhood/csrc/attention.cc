@@ -165,8 +165,8 @@ class Table {
 Bands busy_bands(const Shape& shape, int threads, int64_t unit) {
   const Bands whole(shape, INT64_MAX / 2);
   const int64_t maps = shape.maps(), longest = shape.longest(whole.axis);
-  if (threads == 1 || maps >= 4 * threads || shape.has_dense_maps()) return whole;
-  const int64_t wanted = (4 * threads + maps - 1) / maps, length = (longest + wanted - 1) / wanted;
+  if (maps >= 4 * threads || maps % threads == 0 || shape.has_dense_maps()) return whole;
+  const int64_t wanted = (2 * threads + maps - 1) / maps, length = (longest + wanted - 1) / wanted;
   return Bands(shape, (length + unit - 1) / unit * unit);
 }
 

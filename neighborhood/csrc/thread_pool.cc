@@ -41,7 +41,7 @@ struct Pool {
 // in all.
 template <typename Done>
 void spin_until(Done done) {
-  const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(50);
+  const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(200);
   while (!done() && std::chrono::steady_clock::now() < end)
     for (int i = 0; i < 16 && !done(); i++) {
 #ifdef __x86_64__
