@@ -14,8 +14,6 @@ from tfmodels.ops import neighborhood_attention as keras_attention
 
 DENSE_TOKENS = 4096  # a mask of more does not fit
 GATHER_TOKENS = 60_000  # nor do the gathered windows of more
-# without kernels of their own for neighborhood attention
-PLAIN_PEERS = ("sdpa", "gather", "flex", "flex compiled")
 
 
 class Case:

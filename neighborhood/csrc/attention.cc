@@ -199,7 +199,7 @@ const char* backward(const Kernels<S>& kernels, const Shape& shape, BackwardArgu
   const Bands bands = whole ? Bands(shape, INT64_MAX / 2) : busy_bands(shape, threads, arguments.segment);
   const int64_t segments = (bands.length + arguments.segment - 1) / arguments.segment;
   const int64_t table = shape.table(), count = bands.count(shape);
-  std::vector<T> parts(grad_bias ? count * segments * table : 0);
+  std::vector<double> parts(grad_bias ? count * segments * table : 0);
   arguments.grad_bias = grad_bias ? parts.data() : nullptr;
   const char* problem = run(
       shape, bands, kernels.backward_scratch(shape), threads,
@@ -208,7 +208,7 @@ const char* backward(const Kernels<S>& kernels, const Shape& shape, BackwardArgu
   std::vector<double> sums(shape.heads * table);
   for (int64_t band = 0; band < count; band++) {
     double* head = sums.data() + bands.map(shape, band).head * table;
-    const T* part = parts.data() + band * segments * table;
+    const double* part = parts.data() + band * segments * table;
     for (int64_t i = 0; i < segments * table; i++) head[i % table] += part[i];
   }
   const std::vector<T> rounded(sums.begin(), sums.end());

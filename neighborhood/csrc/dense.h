@@ -286,7 +286,7 @@ struct DenseBackward {
     slopes = carver.take<Vector<T>>(dense.vectors * dense.tokens);
   }
 
-  void run(const Shape& shape, const BackwardArguments<S>& arguments, const Map& map, T* grad_bias) {
+  void run(const Shape& shape, const BackwardArguments<S>& arguments, const Map& map, double* grad_bias) {
     constexpr int n = Simd<T>::kLanes;
     const int64_t tokens = dense.tokens, padded_dim = dense.padded_dim, width = map.columns().kernel;
     const T scale = static_cast<T>(arguments.scale);
@@ -326,7 +326,7 @@ struct DenseBackward {
   }
 
  private:
-  void write_bias(const Shape& shape, const Map& map, T* grad_bias) const {
+  void write_bias(const Shape& shape, const Map& map, double* grad_bias) const {
     constexpr int n = Simd<T>::kLanes;
     const int64_t length = map.columns().length, width = 2 * length - 1;
     T* reversed = dense.reversed;  // its bias is of no use any more

@@ -52,7 +52,7 @@ struct BackwardArguments {
   S *grad_query, *grad_key, *grad_value;
   // (bands, segments of a band, entries of a head's table), zero at first, or null: the sum over each segment of a
   // band's queries. These depend on the shape alone, and so do the bits of their sum.
-  T* grad_bias;
+  double* grad_bias;
   int64_t segment;  // length of a segment; bands begin at multiples of it
   double scale;
 };

@@ -531,7 +531,7 @@ struct SlidingBackward {
   }
 
   void run(const Shape& shape, const BackwardArguments<S>& arguments, const Map& map, const Region& region,
-           T* grad_bias) {
+           double* grad_bias) {
     tiles.begin(map.columns());
     bias.begin(sizes, map.columns().kernel, arguments.bias ? arguments.bias + map.head * shape.table() : nullptr);
     most_sums = Tiles<T>::most_sums(shape);
@@ -549,7 +549,7 @@ struct SlidingBackward {
 
  private:
   void strip(const BackwardArguments<S>& arguments, const Map& map, const Region& region, const Strip<T>& strip,
-             int64_t carried, int64_t done_column, T* grad_bias) {
+             int64_t carried, int64_t done_column, double* grad_bias) {
     const bool volume = sizes.volume;
     const int64_t height = map.rows().length;
     keys.begin(map, strip, arguments.key);
@@ -657,11 +657,11 @@ struct SlidingBackward {
   }
 
   // Adds the sums of a strip's tiles to a table, and clears them.
-  void add_bias_sums(const Strip<T>& strip, const Map& map, T* grad_bias) {
+  void add_bias_sums(const Strip<T>& strip, const Map& map, double* grad_bias) {
     constexpr int n = Simd<T>::kLanes;
     const int64_t kernel = map.columns().kernel, width = 2 * kernel - 1;
     for (int64_t j = 0; j < sums; j++) {
-      T sum = 0;
+      double sum = 0;
       for (int i = 0; i < n; i++) sum += bias_sums[j][i];
       grad_bias[j / kernel * width + j % kernel + kernel - 1 - kernel / 2] += sum;
     }

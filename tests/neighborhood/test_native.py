@@ -107,6 +107,13 @@ def test_every_instruction_set_equals_the_definition(instruction_set, shape, ker
         check(shape, kernel_size, dilation, biased, dtype, scale=0.3 if biased else None, threads=2)
 
 
+def test_the_bias_gradient_of_many_lanes_at_borders_rounds_little(instruction_set):
+    kernel_size, dilation = (3, 31), (1, 2)
+    arrays = draw(0, (1, 9, 620, 1, 20), kernel_size, True, "float32")
+    expected = attention_and_gradients(*arrays, kernel_size, dilation, 0.3)
+    assert_close(run(*arrays, kernel_size, dilation, 0.3)[-1:], expected[-1:], BOUND["float32"], ("rel_pos_bias",))
+
+
 def test_a_large_window_works_too():
     check((1, 40, 45, 1, 3), (31, 40), (1, 1), True, "float64")
 
