@@ -7,6 +7,7 @@ import tensorflow as tf
 import torch
 from torch.nn.attention import flex_attention as flex
 
+from neighborhood import native
 from neighborhood.tiles import known_tiles
 from neighborhood.windows import bias_positions, key_positions
 from ptmodels.ops import neighborhood_attention as torch_attention
@@ -43,7 +44,7 @@ class Case:
         known_tiles((height, width), (kernel_size,) * 2, (dilation,) * 2)
 
     def contenders(self, backward: bool) -> dict[str, Callable[[], np.ndarray]]:
-        found = {}
+        found = {"kernels": self._kernels(backward)}
         for implementation in ("native", "composed"):
             found[f"torch {implementation}"] = self._torch(self._ours(implementation), backward)
             found[f"keras {implementation}"] = self._keras(implementation, backward)
@@ -64,6 +65,22 @@ class Case:
     def reference(self) -> Callable[[bool], np.ndarray]:
         """A function that returns the right output, with the bias or without."""
         return lambda biased: self._torch(self._gather, False, None if biased else np.zeros_like(self.table))()
+
+    def _kernels(self, backward: bool) -> Callable:
+        query, key, value, grad = self.arrays
+        output, logsumexp = np.empty_like(query), np.empty(query.shape[:-1]) if backward else None
+        grads = {name: np.empty_like(query) for name in ("grad_query", "grad_key", "grad_value")}
+        grads["grad_rel_pos_bias"] = np.empty_like(self.table)
+        inputs = (query, key, value, self.table, self.kernel_size, self.dilation, None)
+        threads = torch.get_num_threads()
+
+        def run():
+            native.forward(*inputs, output=output, logsumexp=logsumexp, threads=threads)
+            if backward:
+                native.backward(*inputs, logsumexp, grad, **grads, threads=threads)
+            return output
+
+        return run
 
     def _ours(self, implementation: str) -> Callable:
         def attention(query, key, value, table):

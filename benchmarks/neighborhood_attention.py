@@ -2,7 +2,8 @@
 
     python -m benchmarks.neighborhood_attention --threads 1 2 --json figures.json --plot figures.png
 
-Contenders: `native` and `composed` of either half; torch's dense attention with a mask of window and bias (`sdpa`; the
+Contenders: the C++ kernels alone, called on NumPy arrays that are there (`kernels`); `native` (the kernels, as a
+framework calls them) and `composed` of either half; torch's dense attention with a mask of window and bias (`sdpa`; the
 mask is made beforehand, but in training, where the bias changes), torch with keys gathered per window (`gather`),
 torch's flex_attention, eager and compiled, and NATTEN where it is installed. In every round each contender runs for a
 moment, and so do a matrix product and a copy: medians over rounds treat all alike, on machines too whose clock swings.
@@ -70,7 +71,7 @@ def measure(case, backward: bool, rounds: int) -> dict:
         if reference is not None:
             error = np.abs(output - reference(case.has_bias(name))).max()
             if not error < 1e-4:
-                assert name.split()[0] not in ("torch", "keras"), f"{name} is off by {error:.1e}"
+                assert not is_ours(name), f"{name} is off by {error:.1e}"
                 failed[name] = f"its output is off by {error:.1e}"
                 continue
         contenders[name] = run
@@ -112,9 +113,13 @@ def seconds_of(run: Callable) -> float:
     return (time.perf_counter() - begin) / calls
 
 
+def is_ours(contender: str) -> bool:
+    return contender.split()[0] in ("kernels", "torch", "keras")
+
+
 def peers_of(results: dict) -> dict:
     """What is not ours."""
-    return {name: result for name, result in results.items() if name.split()[0] not in ("torch", "keras")}
+    return {name: result for name, result in results.items() if not is_ours(name)}
 
 
 def show(console: Console, name: str, measured: dict) -> None:
@@ -160,33 +165,52 @@ def run_with(threads: int, arguments: argparse.Namespace) -> dict:
 
 
 def show_summary(console: Console, reports: list[dict]) -> None:
-    """The native kernels' share of sgemm, and their ratios to peers; and what further threads gain."""
+    """The kernels' share of sgemm, their ratios to peers, their growth with maps; and what further threads gain."""
     for report in reports:
-        table = Table(title=f"Native, {report['threads']} thread(s)", title_justify="left", box=None)
-        for column in ("case", "% of sgemm", "fastest peer", "times as long", "composed: fastest peer / ours"):
-            table.add_column(column, justify="left" if column in ("case", "fastest peer") else "right")
+        table = Table(title=f"{report['threads']} thread(s)", title_justify="left", box=None)
+        left = ("case", "fastest peer")
+        for column in ("case", "% of sgemm", "called by torch", "fastest peer", "peer / torch", "peer / composed"):
+            table.add_column(column, justify="left" if column in left else "right")
         for result in report["results"]:
             ours, peers = result["contenders"], peers_of(result["contenders"])
-            native = min(ours["torch native"]["seconds"], ours["keras native"]["seconds"])
             composed = min(ours["torch composed"]["seconds"], ours["keras composed"]["seconds"])
-            name = result["case"] + (", with backward" if result["backward"] else "")
-            percent = max(ours["torch native"]["percent"], ours["keras native"]["percent"])
             best = min(peers, key=lambda peer: peers[peer]["seconds"], default=None)
-            seconds = peers[best]["seconds"] if best else float("nan")
-            cells = ("", "", "") if best is None else (best, f"{seconds / native:.1f}", f"{seconds / composed:.1f}")
-            table.add_row(name, f"{percent:.0f}", *cells)
+            cells = ("", "", "")
+            if best is not None:
+                seconds = peers[best]["seconds"]
+                cells = (best, f"{seconds / ours['torch native']['seconds']:.1f}", f"{seconds / composed:.1f}")
+            percents = [f"{ours[name]['percent']:.0f}" for name in ("kernels", "torch native")]
+            table.add_row(result["case"] + (", with backward" if result["backward"] else ""), *percents, *cells)
         console.print(table)
         console.print()
+        show_growth(console, report)
     for report in reports[1:]:
         gains = []
         for one, more in zip(reports[0]["results"], report["results"], strict=True):
-            gain = one["contenders"]["torch native"]["seconds"] / more["contenders"]["torch native"]["seconds"]
+            gain = one["contenders"]["kernels"]["seconds"] / more["contenders"]["kernels"]["seconds"]
             gains.append(gain / (more["sgemm_gflops"] / one["sgemm_gflops"]))
         text = f"{report['threads']} threads instead of {reports[0]['threads']}: the kernels gain"
         console.print(
             f"{text} {min(gains):.2f} to {max(gains):.2f} of what sgemm gains, {statistics.median(gains):.2f} "
             "in the median."
         )
+
+
+def show_growth(console: Console, report: dict) -> None:
+    """How the time per token of the largest map compares with that of the first case."""
+    for backward in (False, True):
+        results = {r["case"]: r["contenders"] for r in report["results"] if r["backward"] == backward}
+        small, large = (results.get(f"2x{size}x{size} k7 d1 head_dim 32") for size in (56, 448))
+        if small is None or large is None:
+            continue
+        tokens = 448**2 / 56**2
+        growths = []
+        for name in ("kernels", "torch native", "keras native"):
+            growth = large[name]["seconds"] / small[name]["seconds"] / tokens
+            growths.append(f"{name} {growth:.2f}")
+        way = "forward and backward" if backward else "forward"
+        console.print(f"Time per token at 448x448 over that at 56x56, {way}: {', '.join(growths)}")
+    console.print()
 
 
 def plot(report: dict, path: Path) -> None:

@@ -8,6 +8,7 @@ avx512, avx2, baseline, instead of the best that the machine has.
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -148,7 +149,7 @@ def forward(
     tokens = {"query": query, "key": key, "value": value, "output": output}
     pointers = call.pointers(tokens, {"rel_pos_bias": rel_pos_bias}, {"logsumexp": logsumexp})
     q, k, v, out, bias, lse = pointers
-    _raise(load().neighborhood_forward(call.type, call.shape, q, k, v, bias, out, lse, call.scale(scale), threads))
+    forward_at((q, k, v, bias, out, lse), *call.sizes, call.scale(scale), threads)
 
 
 def backward(
@@ -178,12 +179,56 @@ def backward(
     biases = {"rel_pos_bias": rel_pos_bias, "grad_rel_pos_bias": grad_rel_pos_bias}
     pointers = call.pointers(tokens | grads, biases, {"logsumexp": logsumexp})
     q, k, v, grad, grad_q, grad_k, grad_v, bias, grad_bias, lse = pointers
-    _raise(
-        load().neighborhood_backward(
-            *(call.type, call.shape, q, k, v, bias, lse, grad, grad_q, grad_k, grad_v, grad_bias),
-            *(call.scale(scale), threads),
-        )
-    )
+    pointers = (q, k, v, bias, lse, grad, grad_q, grad_k, grad_v, grad_bias)
+    backward_at(pointers, *call.sizes, call.scale(scale), threads)
+
+
+Addresses = Sequence[int | None]
+
+
+def forward_at(
+    addresses: Addresses,
+    dtype: str,
+    shape: tuple[int, ...],
+    kernel_size: tuple[int, ...],
+    dilation: tuple[int, ...],
+    scale: float,
+    threads: int,
+) -> None:
+    """As `forward`, for callers that have checked their tensors and know where these lie in memory.
+
+    Args:
+        addresses: of query, key, value, rel_pos_bias (or None), output and logsumexp (or None).
+        dtype: one of DTYPES.
+        shape: of query.
+        kernel_size, dilation: one per axis.
+    """
+    _raise(load().neighborhood_forward(_TYPES[dtype], _shape(shape, kernel_size, dilation), *addresses, scale, threads))
+
+
+def backward_at(
+    addresses: Addresses,
+    dtype: str,
+    shape: tuple[int, ...],
+    kernel_size: tuple[int, ...],
+    dilation: tuple[int, ...],
+    scale: float,
+    threads: int,
+) -> None:
+    """As `backward`; see `forward_at`.
+
+    Args:
+        addresses: of query, key, value, rel_pos_bias (or None), logsumexp, grad_output, grad_query, grad_key,
+            grad_value and grad_rel_pos_bias (or None).
+    """
+    sizes = _shape(shape, kernel_size, dilation)
+    _raise(load().neighborhood_backward(_TYPES[dtype], sizes, *addresses, scale, threads))
+
+
+@functools.lru_cache(maxsize=256)
+def _shape(shape: tuple[int, ...], kernel_size: tuple[int, ...], dilation: tuple[int, ...]) -> _Shape:
+    one = (1,) * (MAX_AXES - len(kernel_size))  # a line is a volume of one plane and one row
+    return _Shape(shape[0], *one, *shape[1:], *one, *kernel_size, *one, *dilation)
 
 
 class _Call:
@@ -195,10 +240,8 @@ class _Call:
         if query.dtype.name not in _TYPES:
             raise ValueError(f"query is {query.dtype.name}; the kernels take {', '.join(DTYPES)}")
         self.query = query
-        self.type = _TYPES[query.dtype.name]
-        self.bias_shape = (query.shape[-2], *(2 * kernel - 1 for kernel in kernel_size))
-        one = (1,) * (MAX_AXES - len(kernel_size))  # a line is a volume of one plane and one row
-        self.shape = _Shape(query.shape[0], *one, *query.shape[1:], *one, *kernel_size, *one, *dilation)
+        self.sizes = (query.dtype.name, shape, kernel_size, dilation)
+        self.bias_shape = (shape[-2], *(2 * kernel - 1 for kernel in kernel_size))
 
     def scale(self, scale: float | None) -> float:
         if scale is not None:

@@ -23,7 +23,9 @@ def per_axis(name: str, value: PerAxis, axes: int) -> tuple[int, ...]:
     Raises:
         ValueError: it is no integer of at least 1, nor one such for each of `axes` axes.
     """
-    values = (value,) * axes if isinstance(value, numbers.Integral) else value
+    values = (value,) * axes if type(value) is int or isinstance(value, numbers.Integral) else value
+    if type(values) is tuple and len(values) == axes and all(type(entry) is int and entry >= 1 for entry in values):
+        return values  # the rest asks abstract classes, which takes as long as attention of a small map
     is_sequence = isinstance(values, Sequence) and not isinstance(values, str)
     if not is_sequence or len(values) != axes or not all(_is_positive(entry) for entry in values):
         raise ValueError(f"{name} is {value!r}; give an integer of 1 or more, or {axes} of them, one per axis")

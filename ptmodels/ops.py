@@ -4,7 +4,7 @@ Two implementations: `native`, C++ kernels for the CPU (`neighborhood/csrc`), an
 which runs anywhere. Source: Hassani et al., Neighborhood Attention Transformer, CVPR 2023 (arXiv:2204.07143).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,23 @@ from neighborhood.choice import choose
 from neighborhood.windows import PerAxis
 from ptmodels import composed_attention
 
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+try:
+    from torch._C import _are_functorch_transforms_active as _is_transformed
+    from torch._C import _len_torch_dispatch_stack
+
+    def _is_dispatch_watched() -> bool:
+        return _len_torch_dispatch_stack() > 0
+
+except ImportError:  # not of the public interface
+
+    def _is_transformed() -> bool:
+        return False
+
+    def _is_dispatch_watched() -> bool:
+        return True
+
+
+_DTYPES = {getattr(torch, name): name for name in native.DTYPES}
 
 
 def neighborhood_attention(
@@ -43,7 +59,8 @@ def neighborhood_attention(
         dropout: applied to the probabilities.
         return_probabilities: whether to return them too, after dropout.
         implementation: "native", "composed", or "auto": native on the CPU, in float32, float64, float16 or bfloat16
-            (the last two computed in float32), when neither dropout nor probabilities are asked for.
+            (the last two computed in float32), outside of torch.func, when neither dropout nor probabilities are asked
+            for.
 
     Returns:
         (B, *spatial, heads, head_dim); and, when asked for, the probabilities (B, *spatial, heads, keys), the keys of
@@ -67,10 +84,16 @@ def neighborhood_attention(
             return f"the kernels take {', '.join(native.DTYPES)}, and query is {query.dtype}"
         if torch.onnx.is_in_onnx_export():
             return "ONNX has no such operator"
+        if not torch.compiler.is_compiling() and _is_transformed():
+            return "torch.func transforms torch's own operations"
         return None
 
     if choose(implementation, _why_unavailable(), obstacle) == "native":
         bias = None if rel_pos_bias is None else rel_pos_bias.to(query.dtype)
+        if _is_plain(query, key, value, bias):
+            if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, bias)):
+                return _Attention.apply(query, key, value, bias, *sizes, scale)
+            return _forward(query, key, value, bias, *sizes, scale, keeps_logsumexp=False)[0]
         return _attention(query, key, value, bias, *map(list, sizes), scale)[0]
     return composed_attention.neighborhood_attention(
         *(query, key, value, *sizes),
@@ -100,6 +123,65 @@ def _check_dtypes(query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tenso
             raise ValueError(f"query is on {query.device} and {name} on {tensor.device}; they must be on one device")
 
 
+def _is_plain(*tensors: Tensor | None) -> bool:
+    """Whether a call is to be run and no more: nothing traces, transforms or watches what torch dispatches."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_dispatch_watched():
+        return False
+    return all(
+        tensor is None
+        or (type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided and not tensor.is_neg())
+        for tensor in tensors
+    )
+
+
+class _Attention(torch.autograd.Function):
+    """The kernels without torch's dispatch of an operator, which takes as long as they do on the smallest maps."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, rel_pos_bias, kernel_size, dilation, scale):
+        output, logsumexp = _forward(query, key, value, rel_pos_bias, kernel_size, dilation, scale)
+        ctx.save_for_backward(query, key, value, rel_pos_bias, logsumexp)
+        ctx.kernel_size, ctx.dilation, ctx.scale = kernel_size, dilation, scale
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        if torch.is_grad_enabled() or not _is_plain(grad_output):
+            return _backward(ctx, grad_output, None)
+        query, key, value, rel_pos_bias, logsumexp = ctx.saved_tensors
+        tensors = (grad_output, query, key, value, rel_pos_bias, logsumexp)
+        *grads, grad_bias = _find_gradients(*tensors, ctx.kernel_size, ctx.dilation, ctx.scale)
+        return *grads, grad_bias, None, None, None
+
+
+def _forward(query, key, value, rel_pos_bias, kernel_size, dilation, scale, keeps_logsumexp=True):
+    """Returns the attention and, for the backward, the log-sum-exp of each query's logits (B, *spatial, heads)."""
+    output = torch.empty(query.shape, dtype=query.dtype)
+    logsumexp = torch.empty(query.shape[:-1], dtype=torch.float64) if keeps_logsumexp else None
+    tensors = (query, key, value, rel_pos_bias, output, logsumexp)
+    _call(native.forward_at, tensors, kernel_size, dilation, scale)
+    return output, logsumexp
+
+
+def _find_gradients(grad_output, query, key, value, rel_pos_bias, logsumexp, kernel_size, dilation, scale):
+    """Returns the gradients of query, key, value and the bias, or None without a bias."""
+    grads = [torch.empty(query.shape, dtype=query.dtype) for _ in range(3)]
+    grad_bias = None if rel_pos_bias is None else torch.empty(rel_pos_bias.shape, dtype=query.dtype)
+    tensors = (query, key, value, rel_pos_bias, logsumexp, grad_output, *grads, grad_bias)
+    _call(native.backward_at, tensors, kernel_size, dilation, scale)
+    return *grads, grad_bias
+
+
+def _call(kernel: Callable, tensors: Sequence[Tensor | None], kernel_size, dilation, scale: float) -> None:
+    tensors = [None if tensor is None else tensor.contiguous() for tensor in tensors]
+    addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    query = tensors[0]
+    kernel(addresses, _DTYPES[query.dtype], query.shape, kernel_size, dilation, scale, torch.get_num_threads())
+
+
+# The same as operators of torch, which torch.compile, torch.export and torch.func can follow
+
+
 @torch.library.custom_op("neighborhood::attention", mutates_args=(), device_types="cpu")
 def _attention(
     query: Tensor,
@@ -110,17 +192,8 @@ def _attention(
     dilation: list[int],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the attention and, for the backward, the log-sum-exp of each query's logits (B, *spatial, heads)."""
-    output = torch.empty(query.shape, dtype=query.dtype)
-    logsumexp = torch.empty(query.shape[:-1], dtype=torch.float64)
-    native.forward(
-        *map(_array, (query, key, value, rel_pos_bias)),
-        *(kernel_size, dilation, scale),
-        output=_array(output),
-        logsumexp=logsumexp.numpy(),
-        threads=torch.get_num_threads(),
-    )
-    return output, logsumexp
+    _check_operands(query, key, value, rel_pos_bias, kernel_size, dilation)
+    return _forward(query, key, value, rel_pos_bias, tuple(kernel_size), tuple(dilation), scale)
 
 
 @_attention.register_fake
@@ -141,17 +214,16 @@ def _attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of query, key, value and the bias; the last is empty without a bias."""
-    grads = [torch.empty(query.shape, dtype=query.dtype) for _ in range(3)]
-    grad_bias = query.new_empty(0 if rel_pos_bias is None else rel_pos_bias.shape)
-    native.backward(
-        *map(_array, (query, key, value, rel_pos_bias)),
-        *(kernel_size, dilation, scale),
-        *map(_array, (logsumexp, grad_output)),
-        **dict(zip(("grad_query", "grad_key", "grad_value"), map(_array, grads), strict=True)),
-        grad_rel_pos_bias=None if rel_pos_bias is None else _array(grad_bias),
-        threads=torch.get_num_threads(),
-    )
-    return *grads, grad_bias
+    _check_operands(query, key, value, rel_pos_bias, kernel_size, dilation)
+    for name, tensor, shape, dtype in (
+        ("grad_output", grad_output, query.shape, query.dtype),
+        ("logsumexp", logsumexp, query.shape[:-1], torch.float64),
+    ):
+        if (tensor.shape, tensor.dtype) != (shape, dtype):
+            raise ValueError(f"{name} is {tuple(tensor.shape)}, {tensor.dtype}; it must be {tuple(shape)}, {dtype}")
+    tensors = (grad_output, query, key, value, rel_pos_bias, logsumexp)
+    *grads, grad_bias = _find_gradients(*tensors, tuple(kernel_size), tuple(dilation), scale)
+    return *grads, query.new_empty(0) if grad_bias is None else grad_bias
 
 
 @_attention_backward.register_fake
@@ -160,12 +232,13 @@ def _(grad_output, query, key, value, rel_pos_bias, logsumexp, kernel_size, dila
     return *grads, query.new_empty(0 if rel_pos_bias is None else rel_pos_bias.shape)
 
 
-def _array(tensor: Tensor | None):
-    """The memory of a tensor, or of a copy if it is not contiguous, as an array; bfloat16 as its bits."""
-    if tensor is None:
-        return None
-    tensor = tensor.detach().contiguous()
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+def _check_operands(query, key, value, rel_pos_bias, kernel_size, dilation) -> None:
+    """For who calls the operator itself."""
+    _check_dtypes(query, key, value, rel_pos_bias)
+    if query.dtype not in _DTYPES or (rel_pos_bias is not None and rel_pos_bias.dtype != query.dtype):
+        raise TypeError(f"the kernels take one of {', '.join(native.DTYPES)} for all tensors; query is {query.dtype}")
+    bias_shape = None if rel_pos_bias is None else rel_pos_bias.shape
+    check_arguments(query.shape, key.shape, value.shape, kernel_size, dilation, bias_shape)
 
 
 def _save_forward(ctx, inputs, output):
@@ -176,7 +249,7 @@ def _save_forward(ctx, inputs, output):
 def _backward(ctx, grad_output, _):
     query, key, value, rel_pos_bias, logsumexp = ctx.saved_tensors
     tensors = (grad_output, query, key, value, rel_pos_bias, logsumexp)
-    *grads, grad_bias = _attention_backward(*tensors, ctx.kernel_size, ctx.dilation, ctx.scale)
+    *grads, grad_bias = _attention_backward(*tensors, list(ctx.kernel_size), list(ctx.dilation), ctx.scale)
     return *grads, None if rel_pos_bias is None else grad_bias, None, None, None
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from definition import draw
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from neighborhood import native, reference
 from ptmodels.layers import NeighborhoodAttention2D
@@ -46,6 +47,54 @@ def test_what_needs_no_gradient_gets_none():
     key = key.detach()
     neighborhood_attention(query, key, value, (3, 2), rel_pos_bias=bias.detach()).sum().backward()
     assert query.grad is not None and value.grad is not None
+
+
+def test_calls_around_the_operators_give_the_same_bits(monkeypatch):
+    inputs = tensors((2, 9, 8, 2, 5))
+    grad = torch.rand_like(inputs[0])
+
+    def results():
+        output = neighborhood_attention(*inputs[:3], (3, 2), rel_pos_bias=inputs[3])
+        return output, *torch.autograd.grad(output, inputs, grad)
+
+    around = results()
+    monkeypatch.setattr("ptmodels.ops._is_plain", lambda *_: False)
+    called = []
+    monkeypatch.setattr("ptmodels.ops._Attention.apply", called.append)
+    for ours, theirs in zip(around, results(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert not called
+
+
+def test_what_follows_torch_sees_the_operators():
+    query, key, value, bias = (x.detach() for x in tensors())
+
+    def attend(x):
+        return neighborhood_attention(x, key, value, (3, 2), rel_pos_bias=bias)
+
+    graph = make_fx(attend)(query)
+    assert torch.ops.neighborhood.attention.default in [node.target for node in graph.graph.nodes]
+    torch.testing.assert_close(graph(query + 1), attend(query + 1), rtol=0, atol=1e-13)
+    wanted = torch.autograd.grad(attend(query.requires_grad_()).square().sum(), query)[0]
+    found = torch.func.grad(lambda x: attend(x).square().sum())(query.detach())
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    found = torch.func.vmap(lambda x: attend(x[None])[0])(query.detach())
+    torch.testing.assert_close(found, attend(query.detach()), rtol=0, atol=1e-12)
+    negated = torch.complex(query.detach(), -query.detach()).conj().imag
+    assert negated.is_neg() and torch.equal(attend(negated), attend(query.detach()))
+
+
+def test_operators_called_without_us_check_their_operands():
+    query, key, value, bias = (x.detach() for x in tensors())
+    operators = torch.ops.neighborhood
+    with pytest.raises(ValueError, match="they must be equal"):
+        operators.attention(query, key[:, 1:], value, bias, [3, 2], [1, 1], 1.0)
+    with pytest.raises(TypeError, match="for all tensors"):
+        operators.attention(query, key, value, bias.float(), [3, 2], [1, 1], 1.0)
+    logsumexp = operators.attention(query, key, value, bias, [3, 2], [1, 1], 1.0)[1]
+    for grad, sums, message in ((query[1:], logsumexp, "grad_output"), (query, logsumexp.float(), "logsumexp")):
+        with pytest.raises(ValueError, match=f"{message} is "):
+            operators.attention_backward(grad, query, key, value, bias, sums, [3, 2], [1, 1], 1.0)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -93,8 +142,8 @@ def test_a_layer_exports_with_unknown_sizes(implementation):
 
 def test_threads_follow_torchs_setting(monkeypatch):
     seen = []
-    forward = native.forward
-    monkeypatch.setattr(native, "forward", lambda *a, **k: (seen.append(k["threads"]), forward(*a, **k)))
+    forward = native.forward_at
+    monkeypatch.setattr(native, "forward_at", lambda *a: (seen.append(a[-1]), forward(*a)))
     neighborhood_attention(*tensors(biased=False), (3, 2))
     assert seen == [torch.get_num_threads()]
 
