@@ -162,31 +162,24 @@ class Table {
 };
 
 // Bands, of a multiple of `unit`, that keep all threads busy; whole maps if they do, or if some are plain attention.
-Bands busy_bands(const Shape& shape, int threads, int64_t unit) {
-  const Bands whole(shape, INT64_MAX / 2);
-  const int64_t maps = shape.maps(), longest = shape.longest(whole.axis);
-  if (maps >= 4 * threads || maps % threads == 0 || shape.has_dense_maps()) return whole;
-  const int64_t wanted = (2 * threads + maps - 1) / maps, length = (longest + wanted - 1) / wanted;
-  return Bands(shape, (length + unit - 1) / unit * unit);
+// `heads` are worked on in step if threads have enough to do, and bands of them much more than at their borders.
+Bands busy_bands(const Shape& shape, int threads, int64_t unit, int64_t heads) {
+  const Bands whole(shape, INT64_MAX / 2, heads);
+  const int64_t count = whole.count(shape), longest = shape.longest(whole.axis);
+  if (count >= 4 * threads || count % threads == 0 || shape.has_dense_maps()) return whole;
+  const int64_t wanted = (2 * threads + count - 1) / count, length = (longest + wanted - 1) / wanted;
+  if (heads > 1 && length < 8 * unit) return busy_bands(shape, threads, unit, 1);
+  return Bands(shape, (length + unit - 1) / unit * unit, heads);
 }
-
-constexpr int64_t kCacheBytes = 4 << 20;  // that what heads share in a large cache may take
 
 template <typename S>
 const char* forward(const Kernels<S>& kernels, const Shape& shape, const ForwardArguments<S>& arguments, int threads) {
   // results do not depend on the bands
-  Bands bands = busy_bands(shape, threads, shape.kernel[shape.size[0] > 1 ? 0 : 1]);
-  if (bands.axis == 1 && shape.heads > 1 && !shape.has_dense_maps()) {
-    // heads lie side by side: they read a band of queries, keys and values and write outputs before the caches lose it
-    const int64_t columns = shape.strip_columns(sizeof(typename ComputeType<S>::Type));
-    const int64_t row = 4 * std::min(columns, shape.longest(2)) * shape.dilation[2] * shape.heads * shape.head_dim *
-                        static_cast<int64_t>(sizeof(S));
-    const int64_t rows = std::max<int64_t>(kCacheBytes / row, 3 * shape.kernel[1]);
-    if (rows < bands.length || columns < shape.longest(2)) bands = Bands(shape, std::min(rows, bands.length), columns);
-  }
-  return run(shape, bands, kernels.forward_scratch(shape), threads, [&](int64_t begin, int64_t end, void* memory) {
-    kernels.forward(shape, arguments, bands, begin, end, memory);
-  });
+  const int64_t heads = shape.heads_in_step(sizeof(typename ComputeType<S>::Type));
+  const Bands bands = busy_bands(shape, threads, shape.kernel[shape.size[0] > 1 ? 0 : 1], heads);
+  return run(
+      shape, bands, kernels.forward_scratch(shape, bands), threads,
+      [&](int64_t begin, int64_t end, void* memory) { kernels.forward(shape, arguments, bands, begin, end, memory); });
 }
 
 template <typename S>
@@ -196,20 +189,22 @@ const char* backward(const Kernels<S>& kernels, const Shape& shape, BackwardArgu
   const int axis = shape.size[0] > 1 ? 0 : 1;
   const bool whole = shape.maps() >= 32 || shape.has_dense_maps();
   arguments.segment = Bands(shape, whole ? INT64_MAX / 2 : std::max<int64_t>(24, 3 * shape.kernel[axis])).length;
-  const Bands bands = whole ? Bands(shape, INT64_MAX / 2) : busy_bands(shape, threads, arguments.segment);
+  const int64_t heads = shape.heads_in_step(sizeof(T));
+  const Bands bands = whole ? Bands(shape, INT64_MAX / 2, heads) : busy_bands(shape, threads, arguments.segment, heads);
   const int64_t segments = (bands.length + arguments.segment - 1) / arguments.segment;
   const int64_t table = shape.table(), count = bands.count(shape);
-  std::vector<double> parts(grad_bias ? count * segments * table : 0);
+  std::vector<double> parts(grad_bias ? count * bands.heads * segments * table : 0);
   arguments.grad_bias = grad_bias ? parts.data() : nullptr;
   const char* problem = run(
-      shape, bands, kernels.backward_scratch(shape), threads,
+      shape, bands, kernels.backward_scratch(shape, bands), threads,
       [&](int64_t begin, int64_t end, void* memory) { kernels.backward(shape, arguments, bands, begin, end, memory); });
   if (problem || !grad_bias) return problem;
   std::vector<double> sums(shape.heads * table);
-  for (int64_t band = 0; band < count; band++) {
-    double* head = sums.data() + bands.map(shape, band).head * table;
-    const double* part = parts.data() + band * segments * table;
-    for (int64_t i = 0; i < segments * table; i++) head[i % table] += part[i];
+  for (int64_t i = 0; i < count * bands.heads; i++) {
+    const int64_t head = bands.map(shape, i / bands.heads, i % bands.heads).head;
+    if (head == shape.heads) continue;  // the last band has fewer
+    const double* part = parts.data() + i * segments * table;
+    for (int64_t j = 0; j < segments * table; j++) sums[head * table + j % table] += part[j];
   }
   const std::vector<T> rounded(sums.begin(), sums.end());
   kernels.narrow(rounded.data(), shape.heads * table, grad_bias);

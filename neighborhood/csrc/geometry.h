@@ -16,25 +16,37 @@ constexpr int kAxes = 3;  // planes, rows, columns
 // in the same order however the map is cut.
 constexpr int64_t kRowBlock = 3;
 
+constexpr int64_t kRingBytes = 256 << 10;  // of the transposed keys that queries meet: they stay in a near cache
+constexpr int64_t kNearBytes = 512 << 10;  // of a sample's tensor: beyond it comes from caches or memory further away
+constexpr int64_t kMostHeads = 4;          // that are worked on in step
+
 // The sizes of one call. Tensors are contiguous: (batch, depth, height, width, heads, head_dim).
 struct Shape {
   int64_t batch, size[kAxes], heads, head_dim;
   int64_t kernel[kAxes], dilation[kAxes];
+
+  // How many heads are worked on in step, to read memory in larger pieces, if that leaves enough to do for all threads.
+  int64_t heads_in_step(int64_t bytes) const {
+    const bool large = size[0] == 1 && size[1] * size[2] * heads * head_dim * bytes > kNearBytes;
+    if (!large || has_dense_maps()) return 1;
+    return heads < kMostHeads ? heads : kMostHeads;
+  }
 
   // Of the longest dilation group.
   int64_t longest(int axis) const { return (size[axis] + dilation[axis] - 1) / dilation[axis]; }
   // Columns of a strip whose rows of keys, transposed, stay in a near cache, for numbers of so many bytes: a multiple
   // of the lanes of any register.
   int64_t strip_columns(int64_t bytes) const {
-    constexpr int64_t kRingBytes = 128 << 10, kLanes = 16;
+    constexpr int64_t kLanes = 16;
     const int64_t planes = kernel[0], rows = size[0] > 1 ? longest(1) : kernel[1] + kRowBlock - 1;
-    const int64_t most = kRingBytes / (planes * rows * (head_dim > 0 ? head_dim : 1) * bytes);
+    const int64_t most = kRingBytes / heads_in_step(bytes) / (planes * rows * (head_dim > 0 ? head_dim : 1) * bytes);
     const int64_t blocks = (longest(2) - 1) / kLanes + 1, wanted = (most - kernel[2]) / kLanes;
     const int64_t strips = (blocks - 1) / (wanted > 2 ? wanted : 2) + 1;
     return (blocks - 1) / strips * kLanes + kLanes;
   }
 
-  int64_t maps() const { return batch * dilation[0] * dilation[1] * dilation[2] * heads; }
+  int64_t groups() const { return dilation[0] * dilation[1] * dilation[2]; }
+  int64_t maps() const { return batch * groups() * heads; }
   int64_t window() const { return kernel[0] * kernel[1] * kernel[2]; }
   // Whether some map is one window, and small enough for plain attention.
   bool has_dense_maps() const {
@@ -73,6 +85,7 @@ struct Axis {
 // One head of one dilation group of one sample.
 struct Map {
   int64_t head;
+  int64_t place, heads;   // which of its band's heads it is, of how many
   int64_t offset;         // of its first element, in a tensor of tokens
   int64_t stride[kAxes];  // in elements of that tensor
   Axis axis[kAxes];
@@ -109,39 +122,40 @@ inline Map get_map(const Shape& shape, int64_t sample, int64_t group, int64_t he
   return map;
 }
 
-// A call's work, cut into bands: of planes where there are several, else of rows; perhaps within strips of columns.
+// A call's work, cut into bands: of planes where there are several, else of rows, of one head or of neighbouring ones.
 struct Bands {
   int axis;                 // that is cut
   int64_t length, per_map;  // of a band; bands of a map
-  int64_t strips;           // of a map, each cut into bands; 1 if bands hold all columns
+  int64_t heads;            // of a band, at most
+  int64_t head_groups;      // so many bands hold all heads
 
-  Bands(const Shape& shape, int64_t wanted, int64_t columns = INT64_MAX / 2) : axis(shape.size[0] > 1 ? 0 : 1) {
+  Bands(const Shape& shape, int64_t wanted, int64_t heads = 1) : axis(shape.size[0] > 1 ? 0 : 1), heads(heads) {
     const int64_t longest = shape.longest(axis);
     const int64_t multiple = axis == 0 ? 1 : kRowBlock;
     length = ((wanted > 1 ? wanted : 1) + multiple - 1) / multiple * multiple;
     if (length > longest) length = longest;
-    strips = (shape.longest(2) - 1) / columns + 1;
-    per_map = (longest + length - 1) / length * strips;
+    per_map = (longest + length - 1) / length;
+    head_groups = (shape.heads + heads - 1) / heads;
   }
 
-  int64_t count(const Shape& shape) const { return shape.maps() * per_map; }
+  int64_t count(const Shape& shape) const { return shape.batch * shape.groups() * head_groups * per_map; }
 
-  // Whole maps are numbered with dilation groups the fastest, which share a bias; parts of maps with heads the fastest,
-  // which share what caches fetch.
-  Map map(const Shape& shape, int64_t band) const {
-    const int64_t groups = shape.dilation[0] * shape.dilation[1] * shape.dilation[2];
-    const int64_t sample = band / (groups * per_map * shape.heads), rest = band % (groups * per_map * shape.heads);
-    if (per_map == 1) return get_map(shape, sample, rest % groups, rest / groups);
-    return get_map(shape, sample, rest / shape.heads / per_map, rest % shape.heads);
+  // The map of the i-th head of a band. Whole maps are numbered with dilation groups the fastest, which share a bias;
+  // parts of maps with heads the fastest, which share what caches fetch.
+  Map map(const Shape& shape, int64_t band, int64_t i) const {
+    const int64_t of_sample = shape.groups() * per_map * head_groups;
+    const int64_t sample = band / of_sample, rest = band % of_sample;
+    const bool whole = per_map == 1;
+    const int64_t group = whole ? rest % shape.groups() : rest / head_groups / per_map;
+    const int64_t first_head = (whole ? rest / shape.groups() : rest % head_groups) * heads;
+    Map map = get_map(shape, sample, group, first_head + i);
+    map.place = i;
+    map.heads = first_head + heads > shape.heads ? shape.heads - first_head : heads;
+    return map;
   }
 
-  // Which of its map's bands it is, along the axis that is cut, and which strip.
-  int64_t part(const Shape& shape, int64_t band) const {
-    return per_map == 1 ? 0 : band / shape.heads % per_map / strips;
-  }
-  int64_t strip(const Shape& shape, int64_t band) const {
-    return per_map == 1 ? 0 : band / shape.heads % per_map % strips;
-  }
+  // Which of its map's bands it is.
+  int64_t part(int64_t band) const { return per_map == 1 ? 0 : band / head_groups % per_map; }
 };
 
 }  // namespace neighborhood

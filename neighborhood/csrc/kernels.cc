@@ -17,34 +17,38 @@ namespace {
 
 // Working memory holds what either kind of map needs, one at a time.
 template <typename Sliding, typename Dense>
-size_t scratch(const Shape& shape) {
+size_t scratch(const Shape& shape, const Bands& bands) {
   Carver sliding(nullptr), dense(nullptr);
-  (void)Sliding(sliding, shape);
+  for (int64_t i = 0; i < bands.heads; i++) (void)Sliding(sliding, shape);
   if (shape.has_dense_maps()) (void)Dense(dense, shape);
   return larger(sliding.used(), dense.used());
 }
 
-// Runs slide(map, region, band) or attend(map, band) for each band.
-template <typename Sliding, typename Dense, typename Slide, typename Attend>
-void over_bands(const Shape& shape, const Bands& bands, int64_t begin, int64_t end, void* memory, Slide slide,
+// Runs, for each band, begin(sliding, map, region, part) of each of its heads and then these in step; or
+// attend(dense, map, part).
+template <typename Sliding, typename Dense, typename Begin, typename Attend>
+void over_bands(const Shape& shape, const Bands& bands, int64_t first, int64_t end, void* memory, Begin begin,
                 Attend attend) {
   const bool may_be_dense = shape.has_dense_maps() && bands.per_map == 1;
-  alignas(Dense) char place[sizeof(Dense)];
+  alignas(Dense) char dense_place[sizeof(Dense)];
+  alignas(Sliding) char sliding_places[kMostHeads][sizeof(Sliding)];
   Dense* dense = nullptr;  // kept from map to map, for the bias of a head
-  for (int64_t band = begin; band < end; band++) {
-    const Map map = bands.map(shape, band);
-    if (may_be_dense && map.is_dense()) {
+  for (int64_t band = first; band < end; band++) {
+    const Map map = bands.map(shape, band, 0);
+    if (may_be_dense && map.is_dense()) {  // of one head
       Carver carver(memory);
-      if (!dense) dense = new (place) Dense(carver, shape);
+      if (!dense) dense = new (dense_place) Dense(carver, shape);
       attend(*dense, map, band);
       continue;
     }
     dense = nullptr;
-    const Region region(map, bands, bands.part(shape, band), bands.strip(shape, band));
+    const Region region(map, bands, bands.part(band));
     if (region.empty()) continue;
     Carver carver(memory);
-    Sliding sliding(carver, shape);
-    slide(sliding, map, region, band);
+    Sliding* sliding = reinterpret_cast<Sliding*>(sliding_places);
+    for (int64_t i = 0; i < map.heads; i++)
+      begin(*new (sliding + i) Sliding(carver, shape), bands.map(shape, band, i), region, band * bands.heads + i);
+    run_in_step(sliding, map.heads);
   }
 }
 
@@ -53,7 +57,9 @@ void forward(const Shape& shape, const ForwardArguments<S>& arguments, const Ban
              void* memory) {
   over_bands<SlidingForward<S>, DenseForward<S>>(
       shape, bands, begin, end, memory,
-      [&](auto& sliding, const Map& map, const Region& region, int64_t) { sliding.run(shape, arguments, map, region); },
+      [&](auto& sliding, const Map& map, const Region& region, int64_t) {
+        sliding.begin(shape, arguments, map, region);
+      },
       [&](auto& dense, const Map& map, int64_t) { dense.run(shape, arguments, map); });
 }
 
@@ -61,15 +67,15 @@ template <typename S>
 void backward(const Shape& shape, const BackwardArguments<S>& arguments, const Bands& bands, int64_t begin, int64_t end,
               void* memory) {
   const int64_t segments = (bands.length + arguments.segment - 1) / arguments.segment;
-  const auto part = [&](int64_t band) {
-    return arguments.grad_bias ? arguments.grad_bias + band * segments * shape.table() : nullptr;
+  const auto bias_part = [&](int64_t part) {
+    return arguments.grad_bias ? arguments.grad_bias + part * segments * shape.table() : nullptr;
   };
   over_bands<SlidingBackward<S>, DenseBackward<S>>(
       shape, bands, begin, end, memory,
-      [&](auto& sliding, const Map& map, const Region& region, int64_t band) {
-        sliding.run(shape, arguments, map, region, part(band));
+      [&](auto& sliding, const Map& map, const Region& region, int64_t part) {
+        sliding.begin(shape, arguments, map, region, bias_part(part));
       },
-      [&](auto& dense, const Map& map, int64_t band) { dense.run(shape, arguments, map, part(band)); });
+      [&](auto& dense, const Map& map, int64_t part) { dense.run(shape, arguments, map, bias_part(part)); });
 }
 
 template <typename From, typename To>

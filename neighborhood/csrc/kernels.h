@@ -50,8 +50,8 @@ struct BackwardArguments {
   const double* logsumexp;
   const S* grad_output;
   S *grad_query, *grad_key, *grad_value;
-  // (bands, segments of a band, entries of a head's table), zero at first, or null: the sum over each segment of a
-  // band's queries. These depend on the shape alone, and so do the bits of their sum.
+  // (bands, heads of a band, segments of a band, entries of a head's table), zero at first, or null: the sum over each
+  // segment of a band's queries. These depend on the shape alone, and so do the bits of their sum.
   double* grad_bias;
   int64_t segment;  // length of a segment; bands begin at multiples of it
   double scale;
@@ -61,9 +61,9 @@ struct BackwardArguments {
 template <typename S>
 struct Kernels {
   typedef typename ComputeType<S>::Type T;
-  size_t (*forward_scratch)(const Shape&);
+  size_t (*forward_scratch)(const Shape&, const Bands&);
   void (*forward)(const Shape&, const ForwardArguments<S>&, const Bands&, int64_t begin, int64_t end, void* scratch);
-  size_t (*backward_scratch)(const Shape&);
+  size_t (*backward_scratch)(const Shape&, const Bands&);
   void (*backward)(const Shape&, const BackwardArguments<S>&, const Bands&, int64_t begin, int64_t end, void* scratch);
   void (*widen)(const S* from, int64_t count, T* to);
   void (*narrow)(const T* from, int64_t count, S* to);

@@ -15,6 +15,7 @@ namespace NEIGHBORHOOD_INSTRUCTION_SET {
 namespace {
 
 constexpr int64_t kPrefetchBytes = 256 << 10;  // of a sample
+constexpr int64_t kMostSummed = 32;            // slopes in one sum of the bias' gradient: then sums of sums, in double
 
 // The sizes of working memory, for the longest dilation groups.
 template <typename T>
@@ -219,15 +220,18 @@ class Prefetcher {
     const int64_t next = y + kRowBlock, count = smaller(kRowBlock, end - next), half = map.columns().kernel / 2;
     if (!sizes.prefetch || count <= 0) return;
     stride_ = map.stride[2];
-    head_dim_ = sizes.head_dim;
+    elements_ = map.heads * sizes.head_dim;
+    place_ = map.place;
+    heads_ = map.heads;
+    const int64_t offset = map.offset - map.place * sizes.head_dim;
     for (const S* tensor : of_queries)
       for (int64_t r = next; r < next + count; r++)
-        add(tensor + map.offset + r * map.stride[1], tile.first, tile.first + tile.lanes);
+        add(tensor + offset + r * map.stride[1], tile.first, tile.first + tile.lanes);
     const int64_t first = &tile == strip.first ? strip.first_key : tile.first + half;
     const int64_t last = smaller(tile.first + tile.lanes + half, strip.end_key);
     for (const S* tensor : of_keys)
       for (int64_t r = rows.start(next - 1) + rows.kernel; r < rows.start(next + count - 1) + rows.kernel; r++)
-        add(tensor + map.offset + r * map.stride[1], first, last);
+        add(tensor + offset + r * map.stride[1], first, last);
     int64_t tokens = 0;
     for (int i = 0; i < count_; i++) tokens += runs_[i].tokens;
     per_step_ = (tokens + steps - 1) / steps;
@@ -239,7 +243,7 @@ class Prefetcher {
     if (run_ >= count_) return;
     for (int64_t i = 0; i < per_step_; i++) {
       Run& run = runs_[run_];
-      for (int64_t c = 0; c < head_dim_; c += line) __builtin_prefetch(run.next + c);
+      for (int64_t c = 0; c < elements_; c += line) __builtin_prefetch(run.next + c);
       run.next += stride_;
       if (--run.tokens == 0 && ++run_ == count_) return;
     }
@@ -251,13 +255,17 @@ class Prefetcher {
     int64_t tokens;
   };
 
+  // The heads of a band each ask for their part of the tokens, for all of them.
   void add(const S* row, int64_t first, int64_t end) {
+    const int64_t tokens = end - first;
+    end = first + tokens * (place_ + 1) / heads_;
+    first += tokens * place_ / heads_;
     if (first < end) runs_[count_++] = {row + first * stride_, end - first};
   }
 
   Run runs_[4 * kRowBlock];
   int count_ = 0, run_ = 0;
-  int64_t stride_, head_dim_, per_step_;
+  int64_t stride_, elements_, place_, heads_, per_step_;
 };
 
 // Calls visit(plane, row) for what is new of the rows before `end_row` or, of a volume, of the planes before
@@ -392,15 +400,14 @@ void scatter(const Sizes<T>& sizes, const Map& map, const Tile<T>& tile, T* cons
   }
 }
 
-// The part of a map that a band holds.
+// The part of a map that a band holds, or that its queries make up.
 struct Region {
   int64_t first_plane, end_plane, first_row, end_row;
-  int64_t strip;  // or -1 for all columns
 
-  Region(const Map& map, const Bands& bands, int64_t band, int64_t strip_of_band)
-      : strip(bands.strips > 1 ? strip_of_band : -1) {
+  Region() = default;
+  Region(const Map& map, const Bands& bands, int64_t part) {
     const int64_t length = map.axis[bands.axis].length;
-    const int64_t begin = smaller(band * bands.length, length), end = smaller(begin + bands.length, length);
+    const int64_t begin = smaller(part * bands.length, length), end = smaller(begin + bands.length, length);
     first_plane = bands.axis == 0 ? begin : 0;
     end_plane = bands.axis == 0 ? end : map.planes().length;
     first_row = bands.axis == 1 ? begin : 0;
@@ -408,6 +415,23 @@ struct Region {
   }
   bool empty() const { return first_plane == end_plane || first_row == end_row; }
 };
+
+// Runs `count` heads in step, a few rows of each in turn: heads lie side by side, and memory is read in larger pieces
+// than those of one head.
+template <typename Sliding>
+void run_in_step(Sliding* heads, int64_t count) {
+  const int64_t strips = heads->strips();
+  for (int64_t i = 0; i < strips; i++) {
+    for (Sliding* head = heads; head < heads + count; head++) head->begin_strip(i);
+    const Region region = heads->queries_region;
+    for (int64_t z = region.first_plane; z < region.end_plane; z++)
+      for (int64_t block = region.first_row / kRowBlock * kRowBlock; block < region.end_row; block += kRowBlock) {
+        const int64_t y = larger(block, region.first_row), end = smaller(block + kRowBlock, region.end_row);
+        for (Sliding* head = heads; head < heads + count; head++) head->run_rows(z, y, end - y);
+      }
+    for (Sliding* head = heads; head < heads + count; head++) head->end_strip();
+  }
+}
 
 // The forward
 
@@ -421,6 +445,11 @@ struct SlidingForward {
   Bias<T> bias;
   Vector<T>*queries, *scores;
   T** rows;
+  ForwardArguments<S> arguments;
+  Map map;
+  Region queries_region;
+  Strip<T> strip;
+  int64_t fetched;  // keys before this row, or plane, are in the ring
 
   SlidingForward(Carver& carver, const Shape& shape)
       : sizes(shape), keys(carver, sizes, true, false), values(carver, sizes, false, true), tiles(carver, shape) {
@@ -430,38 +459,41 @@ struct SlidingForward {
     rows = carver.take<T*>(sizes.scores);
   }
 
-  void run(const Shape& shape, const ForwardArguments<S>& arguments, const Map& map, const Region& region) {
+  void begin(const Shape& shape, const ForwardArguments<S>& of_call, const Map& of_head, const Region& region) {
+    arguments = of_call;
+    map = of_head;
+    queries_region = region;
     tiles.begin(map.columns());
     bias.begin(sizes, map.columns().kernel, arguments.bias ? arguments.bias + map.head * shape.table() : nullptr);
-    const int64_t strips = tiles.strips(sizes);
-    const int64_t first = larger<int64_t>(region.strip, 0), end = region.strip < 0 ? strips : first + 1;
-    for (int64_t i = first; i < smaller(end, strips); i++)
-      strip(arguments, map, region, tiles.strip(sizes, map.columns(), i));
   }
 
- private:
-  void strip(const ForwardArguments<S>& arguments, const Map& map, const Region& region, const Strip<T>& strip) {
+  int64_t strips() const { return tiles.strips(sizes); }
+
+  void begin_strip(int64_t index) {
+    strip = tiles.strip(sizes, map.columns(), index);
     keys.begin(map, strip, arguments.key);
     values.begin(map, strip, arguments.value);
-    int64_t fetched = sizes.volume ? map.planes().start(region.first_plane) : map.rows().start(region.first_row);
-    for (int64_t z = region.first_plane; z < region.end_plane; z++)
-      for (int64_t y = region.first_row; y < region.end_row; y += kRowBlock) {
-        const int64_t count = smaller(kRowBlock, region.end_row - y);
-        advance(sizes.volume, map.rows().length, map.planes().start(z) + map.planes().kernel,
-                map.rows().start(y + count - 1) + map.rows().kernel, &fetched, [&](int64_t plane, int64_t row) {
-                  keys.fetch(sizes, map, plane, row);
-                  values.fetch(sizes, map, plane, row);
-                });
-        for (const Tile<T>& tile : strip) {
-          prefetcher.begin(sizes, map, strip, tile, y, region.end_row, {arguments.query},
-                           {arguments.key, arguments.value}, map.rows().kernel + count * tile.group_count);
-          block(arguments, map, tile, z, y, count);
-        }
-      }
+    fetched =
+        sizes.volume ? map.planes().start(queries_region.first_plane) : map.rows().start(queries_region.first_row);
   }
 
-  void block(const ForwardArguments<S>& arguments, const Map& map, const Tile<T>& tile, int64_t z, int64_t y,
-             int64_t count) {
+  void run_rows(int64_t z, int64_t y, int64_t count) {
+    advance(sizes.volume, map.rows().length, map.planes().start(z) + map.planes().kernel,
+            map.rows().start(y + count - 1) + map.rows().kernel, &fetched, [&](int64_t plane, int64_t row) {
+              keys.fetch(sizes, map, plane, row);
+              values.fetch(sizes, map, plane, row);
+            });
+    for (const Tile<T>& tile : strip) {
+      prefetcher.begin(sizes, map, strip, tile, y, queries_region.end_row, {arguments.query},
+                       {arguments.key, arguments.value}, map.rows().kernel + count * tile.group_count);
+      run_tile(tile, z, y, count);
+    }
+  }
+
+  void end_strip() {}
+
+ private:
+  void run_tile(const Tile<T>& tile, int64_t z, int64_t y, int64_t count) {
     constexpr int n = Simd<T>::kLanes;
     const int64_t stride = map.stride[2], planes = map.planes().kernel, height = map.rows().kernel;
     const int64_t first = map.offset + z * map.stride[0] + y * map.stride[1];
@@ -508,8 +540,17 @@ struct SlidingBackward {
   Vector<T>* logsumexp;
   Vector<T>* bias_sums;              // (Tiles::most_sums, bias_rows, slots)
   int64_t sums, most_sums;           // vectors of one of these; how many there are
+  int64_t summed;                    // slopes that a lane of these holds
   T *carried_keys, *carried_values;  // (planes, rows, kernel, padded_dim): sums that the next strip goes on with
   T** rows;
+  BackwardArguments<S> arguments;
+  Map map;
+  double* grad_bias;           // the band's part, or null
+  int64_t begin_own, end_own;  // the band's rows of keys, or planes
+  Region queries_region;       // of queries that reach them
+  Strip<T> strip;
+  int64_t end_known, end_done;  // of columns: those that have sums already, those that will not get more in this strip
+  int64_t fetched, written;     // rows of keys, or planes: before these they are in the ring, they are done
 
   SlidingBackward(Carver& carver, const Shape& shape)
       : sizes(shape), keys(carver, sizes, true, true), values(carver, sizes, true, false), tiles(carver, shape) {
@@ -530,76 +571,86 @@ struct SlidingBackward {
     carried_values = carver.take<T>(carried);
   }
 
-  void run(const Shape& shape, const BackwardArguments<S>& arguments, const Map& map, const Region& region,
-           double* grad_bias) {
+  void begin(const Shape& shape, const BackwardArguments<S>& of_call, const Map& of_head, const Region& region,
+             double* bias_part) {
+    arguments = of_call;
+    map = of_head;
+    grad_bias = bias_part;
     tiles.begin(map.columns());
     bias.begin(sizes, map.columns().kernel, arguments.bias ? arguments.bias + map.head * shape.table() : nullptr);
     most_sums = Tiles<T>::most_sums(shape);
     if (grad_bias) std::memset(bias_sums, 0, most_sums * sums * sizeof(Vector<T>));
-    const int64_t strips = tiles.strips(sizes), last_key = map.columns().length;
-    int64_t carried = 0;  // columns before this one have sums already
-    for (int64_t i = 0; i < strips; i++) {
-      const Strip<T> strip = tiles.strip(sizes, map.columns(), i);
-      // the next strip goes on with the sums from this column on
-      const int64_t done = i + 1 < strips ? tiles.strip(sizes, map.columns(), i + 1).first_key : last_key;
-      this->strip(arguments, map, region, strip, carried, done, grad_bias);
-      carried = strip.end_key;
+    summed = 0;
+    begin_own = sizes.volume ? region.first_plane : region.first_row;
+    end_own = sizes.volume ? region.end_plane : region.end_row;
+    const int64_t first = cut_axis().first_query_of(begin_own), end = cut_axis().end_query_of(end_own - 1);
+    queries_region.first_plane = sizes.volume ? first : 0;
+    queries_region.end_plane = sizes.volume ? end : 1;
+    queries_region.first_row = sizes.volume ? 0 : first;
+    queries_region.end_row = sizes.volume ? map.rows().length : end;
+    end_known = 0;
+  }
+
+  int64_t strips() const { return tiles.strips(sizes); }
+
+  void begin_strip(int64_t index) {
+    strip = tiles.strip(sizes, map.columns(), index);
+    // the next strip goes on with the sums from this column on
+    const bool last = index + 1 == strips();
+    end_done = last ? map.columns().length : tiles.strip(sizes, map.columns(), index + 1).first_key;
+    keys.begin(map, strip, arguments.key);
+    values.begin(map, strip, arguments.value);
+    fetched = cut_axis().start(sizes.volume ? queries_region.first_plane : queries_region.first_row);
+    written = begin_own;
+  }
+
+  void run_rows(int64_t z, int64_t y, int64_t count) {
+    const bool volume = sizes.volume;
+    const int64_t end_row = queries_region.end_row;
+    advance(volume, map.rows().length, map.planes().start(z) + map.planes().kernel,
+            map.rows().start(y + count - 1) + map.rows().kernel, &fetched, [&](int64_t plane, int64_t row) {
+              keys.fetch(sizes, map, plane, row);
+              values.fetch(sizes, map, plane, row);
+              begin_sums(plane, row, carried_keys, grad_keys);
+              begin_sums(plane, row, carried_values, grad_values);
+            });
+    const int64_t query = volume ? z : y, end_query = volume ? z + 1 : y + count;
+    const bool own = query >= begin_own && query < end_own;  // bands and segments begin at multiples of kRowBlock
+    for (const Tile<T>& tile : strip) {
+      prefetcher.begin(sizes, map, strip, tile, y, end_row, {arguments.query, arguments.grad_output},
+                       {arguments.key, arguments.value}, 2 * map.rows().kernel + count * tile.group_count);
+      run_tile(tile, z, y, count, own);
     }
+    const bool plane_ends = volume && y + count == end_row;
+    if (grad_bias && own) {
+      const bool segment_ends = (plane_ends || !volume) && (end_query % arguments.segment == 0 || end_query == end_own);
+      summed += count * (strip.last - strip.first);
+      if (segment_ends || summed >= kMostSummed)
+        add_bias_sums(grad_bias + (query - begin_own) / arguments.segment * sizes.table);
+    }
+    // no later query reaches keys before the next one's first
+    if (!volume && y + count < end_row) write_until(map.rows().start(y + count));
+    if (plane_ends && z + 1 < queries_region.end_plane) write_until(map.planes().start(z + 1));
+  }
+
+  void end_strip() {
+    write_until(end_own);
+    end_known = strip.end_key;
   }
 
  private:
-  void strip(const BackwardArguments<S>& arguments, const Map& map, const Region& region, const Strip<T>& strip,
-             int64_t carried, int64_t done_column, double* grad_bias) {
-    const bool volume = sizes.volume;
-    const int64_t height = map.rows().length;
-    keys.begin(map, strip, arguments.key);
-    values.begin(map, strip, arguments.value);
-    const Axis& axis = volume ? map.planes() : map.rows();  // that bands are cut along
-    const int64_t begin = volume ? region.first_plane : region.first_row;
-    const int64_t end = volume ? region.end_plane : region.end_row;
-    const int64_t first_query = axis.first_query_of(begin), end_query = axis.end_query_of(end - 1);
-    const int64_t first_plane = volume ? first_query : 0, end_plane = volume ? end_query : 1;
-    const int64_t first_row = volume ? 0 : first_query, end_row = volume ? height : end_query;
-    int64_t fetched = axis.start(first_query), written = begin;
-    const auto write_until = [&](int64_t first_needed) {
-      const int64_t done = smaller(first_needed, end);
-      advance(volume, height, done, done, &written, [&](int64_t plane, int64_t row) {
-        end_sums(map, strip, plane, row, done_column, grad_keys, static_cast<T>(arguments.scale), carried_keys,
-                 arguments.grad_key);
-        end_sums(map, strip, plane, row, done_column, grad_values, T(1), carried_values, arguments.grad_value);
-      });
-    };
-    for (int64_t z = first_plane; z < end_plane; z++) {
-      for (int64_t block = first_row / kRowBlock * kRowBlock; block < end_row; block += kRowBlock) {
-        const int64_t y = larger(block, first_row), count = smaller(block + kRowBlock, end_row) - y;
-        advance(volume, height, map.planes().start(z) + map.planes().kernel,
-                map.rows().start(y + count - 1) + map.rows().kernel, &fetched, [&](int64_t plane, int64_t row) {
-                  keys.fetch(sizes, map, plane, row);
-                  values.fetch(sizes, map, plane, row);
-                  begin_sums(map, strip, plane, row, carried, carried_keys, grad_keys);
-                  begin_sums(map, strip, plane, row, carried, carried_values, grad_values);
-                });
-        const int64_t query = volume ? z : y, query_end = volume ? z + 1 : y + count;
-        const bool own = query >= begin && query < end;  // bands and segments begin at multiples of kRowBlock
-        for (const Tile<T>& tile : strip) {
-          prefetcher.begin(sizes, map, strip, tile, y, end_row, {arguments.query, arguments.grad_output},
-                           {arguments.key, arguments.value}, 2 * map.rows().kernel + count * tile.group_count);
-          this->block(arguments, map, tile, z, y, count, own, begin, end, grad_bias != nullptr);
-        }
-        const bool row_ends = !volume || block + kRowBlock >= end_row;
-        if (grad_bias && own && row_ends && (query_end % arguments.segment == 0 || query_end == end))
-          add_bias_sums(strip, map, grad_bias + (query - begin) / arguments.segment * sizes.table);
-        // no later query reaches keys before the next block's first one
-        if (!volume && block + kRowBlock < end_row) write_until(axis.start(block + kRowBlock));
-      }
-      if (volume && z + 1 < end_plane) write_until(axis.start(z + 1));
-    }
-    write_until(end);
+  const Axis& cut_axis() const { return sizes.volume ? map.planes() : map.rows(); }
+
+  void write_until(int64_t first_needed) {
+    const int64_t done = smaller(first_needed, end_own);
+    advance(sizes.volume, map.rows().length, done, done, &written, [&](int64_t plane, int64_t row) {
+      end_sums(plane, row, grad_keys, static_cast<T>(arguments.scale), carried_keys, arguments.grad_key);
+      end_sums(plane, row, grad_values, T(1), carried_values, arguments.grad_value);
+    });
   }
 
-  // `own` queries get their gradients, and add to the bias'; keys [begin, end) get theirs.
-  void block(const BackwardArguments<S>& arguments, const Map& map, const Tile<T>& tile, int64_t z, int64_t y,
-             int64_t count, bool own, int64_t begin, int64_t end, bool biased) {
+  // `own` queries get their gradients, and add to the bias'; keys [begin_own, end_own) get theirs.
+  void run_tile(const Tile<T>& tile, int64_t z, int64_t y, int64_t count, bool own) {
     constexpr int n = Simd<T>::kLanes;
     const T scale = static_cast<T>(arguments.scale);
     const Vector<T> scales = splat(scale);
@@ -627,12 +678,12 @@ struct SlidingBackward {
           for (int64_t a = 0; a < height; a++) rows[p * height + a] = keys.row(sizes, first_plane + p, first_key + a);
         weigh<S>(sizes, map, tile, rows, keys.first_key, row_slopes, reinterpret_cast<const T*>(&scales),
                  arguments.grad_query + row, prefetcher);
-        if (biased) add_bias(map, tile, z, y + r, row_slopes);
+        if (grad_bias) add_bias(tile, z, y + r, row_slopes);
       }
       // the rows of the window that the band owns follow one another
       const int64_t start = sizes.volume ? first_plane : first_key;
-      const int64_t skipped = larger<int64_t>(begin - start, 0);
-      const int64_t kept = smaller(start + (sizes.volume ? planes : height), end) - start - skipped;
+      const int64_t skipped = larger<int64_t>(begin_own - start, 0);
+      const int64_t kept = smaller(start + (sizes.volume ? planes : height), end_own) - start - skipped;
       const int64_t per_step = sizes.volume ? height : 1;
       for (T* sums : {grad_keys, grad_values}) {
         for (int64_t i = 0; i < kept * per_step; i++) {
@@ -646,7 +697,7 @@ struct SlidingBackward {
     }
   }
 
-  void add_bias(const Map& map, const Tile<T>& tile, int64_t z, int64_t y, const Vector<T>* row_slopes) {
+  void add_bias(const Tile<T>& tile, int64_t z, int64_t y, const Vector<T>* row_slopes) {
     const int64_t kernel = map.columns().kernel, planes = map.planes().kernel, height = map.rows().kernel;
     for (int64_t p = 0; p < planes; p++) {
       const int64_t bias_plane = map.planes().start(z) + p - z + planes - 1;
@@ -657,48 +708,47 @@ struct SlidingBackward {
   }
 
   // Adds the sums of a strip's tiles to a table, and clears them.
-  void add_bias_sums(const Strip<T>& strip, const Map& map, double* grad_bias) {
+  void add_bias_sums(double* part) {
     constexpr int n = Simd<T>::kLanes;
     const int64_t kernel = map.columns().kernel, width = 2 * kernel - 1;
     for (int64_t j = 0; j < sums; j++) {
       double sum = 0;
       for (int i = 0; i < n; i++) sum += bias_sums[j][i];
-      grad_bias[j / kernel * width + j % kernel + kernel - 1 - kernel / 2] += sum;
+      part[j / kernel * width + j % kernel + kernel - 1 - kernel / 2] += sum;
     }
     for (const Tile<T>& tile : strip) {
       if (tile.sums == 0) continue;
       for (int64_t i = 0; i < tile.lanes; i++) {
         const int64_t query = tile.first + i, first = map.columns().start(query) - query + kernel - 1;
         for (int64_t j = 0; j < sums; j++)
-          grad_bias[j / kernel * width + j % kernel + first] += bias_sums[tile.sums * sums + j][i];
+          part[j / kernel * width + j % kernel + first] += bias_sums[tile.sums * sums + j][i];
       }
     }
     std::memset(bias_sums, 0, most_sums * sums * sizeof(Vector<T>));
+    summed = 0;
   }
 
-  // Sums of a row: zero, or what the strip before left, in the columns before `carried`.
-  void begin_sums(const Map& map, const Strip<T>& strip, int64_t plane, int64_t row, int64_t carried, const T* from,
-                  T* sums) {
+  // Sums of a row: zero, or what the strip before left, in the columns before `end_known`.
+  void begin_sums(int64_t plane, int64_t row, const T* from, T* sums) {
     T* to = sums + sizes.slot(plane, row) * sizes.row_elements();
-    const int64_t known = larger<int64_t>(carried - strip.first_key, 0) * sizes.padded_dim;
+    const int64_t known = larger<int64_t>(end_known - strip.first_key, 0) * sizes.padded_dim;
     const int64_t all = (strip.end_key - strip.first_key) * sizes.padded_dim;
-    if (known) std::memcpy(to, from + carried_at(map, plane, row), known * sizeof(T));
+    if (known) std::memcpy(to, from + carried_at(plane, row), known * sizeof(T));
     std::memset(to + known, 0, (all - known) * sizeof(T));
   }
 
-  // Writes a row's gradients in the columns before `done`, and leaves the sums of the others for the next strip.
-  void end_sums(const Map& map, const Strip<T>& strip, int64_t plane, int64_t row, int64_t done, const T* sums,
-                T factor, T* carried, S* to) {
+  // Writes a row's gradients in the columns before `end_done`, and leaves the sums of the others for the next strip.
+  void end_sums(int64_t plane, int64_t row, const T* sums, T factor, T* carried, S* to) {
     const T* from = sums + sizes.slot(plane, row) * sizes.row_elements();
     to += map.offset + plane * map.stride[0] + row * map.stride[1];
     int64_t x = strip.first_key;
-    for (; x < smaller(done, strip.end_key); x++, from += sizes.padded_dim)
+    for (; x < smaller(end_done, strip.end_key); x++, from += sizes.padded_dim)
       write_row(from, factor, sizes.head_dim, to + x * map.stride[2]);
     if (x < strip.end_key)
-      std::memcpy(carried + carried_at(map, plane, row), from, (strip.end_key - x) * sizes.padded_dim * sizeof(T));
+      std::memcpy(carried + carried_at(plane, row), from, (strip.end_key - x) * sizes.padded_dim * sizeof(T));
   }
 
-  int64_t carried_at(const Map& map, int64_t plane, int64_t row) const {
+  int64_t carried_at(int64_t plane, int64_t row) const {
     return (plane * map.rows().length + row) * map.columns().kernel * sizes.padded_dim;
   }
 };
