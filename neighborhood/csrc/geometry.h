@@ -45,6 +45,7 @@ struct Shape {
     return (blocks - 1) / strips * kLanes + kLanes;
   }
 
+  int64_t elements() const { return batch * size[0] * size[1] * size[2] * heads * head_dim; }
   int64_t groups() const { return dilation[0] * dilation[1] * dilation[2]; }
   int64_t maps() const { return batch * groups() * heads; }
   int64_t window() const { return kernel[0] * kernel[1] * kernel[2]; }

@@ -113,10 +113,10 @@ inline ScoreFunction<T> score_function(int64_t rows, int64_t slots, int64_t side
                       : score_of<T, 2>(rows, slots);
 }
 
-// A run of neighbouring queries of a tile whose windows either slide along with them (shift 1) or, near a border, are
-// the same (shift 0).
+// Neighbouring queries of a tile whose windows either slide along with them (shift 1) or, near a border, are the same
+// (shift 0): `count` times `size` of them, which share what is loaded.
 struct Group {
-  int32_t first_lane, size, shift;
+  int32_t first_lane, size, shift, count;
   int64_t start;  // the first query's first key
 };
 
@@ -142,76 +142,88 @@ inline __attribute__((always_inline)) void over_columns(int64_t kernel, Column c
   for (int c = 0; c < edge; c++) column(kernel + c, c + 1, Queries);
 }
 
-// Writes factor[u] * sum of weight * row over the window of each query u of the group: `Channels` vectors of channels
-// from `channel` on, of which `left` numbers are there.
-template <typename S, int Queries, int Shift, int Channels, typename T = Computed<S>>
-__attribute__((noinline)) void weighted_sum(const WindowRows<T>& window, int64_t start, int64_t kernel, int64_t channel,
-                                            const T* factor, int64_t left, S* to, int64_t stride) {
+// Writes factor * sum of weight * row over the window of each query of the group: `Channels` vectors of channels from
+// `channel` on, of which `left` numbers are there. `to` and `factor` are the first query's; rows begin at column
+// `first_key`. `ahead` asks for memory.
+template <typename S, int Queries, int Shift, int Channels, typename Ahead, typename T = Computed<S>>
+__attribute__((noinline)) void weighted_sum(const WindowRows<T>& window, const Group& group, int64_t first_key,
+                                            int64_t kernel, int64_t channel, const T* factor, int64_t left, S* to,
+                                            int64_t stride, Ahead& ahead) {
   constexpr int n = Simd<T>::kLanes;
   constexpr int64_t rows_at_once = 2;  // sums of sums round less
-  Vector<T> total[Queries][Channels] = {};
-  for (int64_t begin = 0; begin < window.count; begin += rows_at_once) {
-    Vector<T> sum[Queries][Channels] = {};
-    for (int64_t a = begin; a < smaller(begin + rows_at_once, window.count); a++) {
-      const T* row = window.rows[a] + start * window.column_stride + channel;
-      const T* weights = window.weights + a * window.weight_stride;
-      over_columns<Queries, Shift>(kernel, [&](int64_t c, int first, int end) __attribute__((always_inline)) {
-        Vector<T> value[Channels];
+  for (int64_t i = 0; i < group.count; i++, factor += Queries, to += Queries * stride) {
+    ahead.step();
+    const int64_t from = (group.start - first_key + i * Shift * Queries) * window.column_stride + channel;
+    Vector<T> total[Queries][Channels] = {};
+    for (int64_t begin = 0; begin < window.count; begin += rows_at_once) {
+      Vector<T> sum[Queries][Channels] = {};
+      for (int64_t a = begin; a < smaller(begin + rows_at_once, window.count); a++) {
+        const T* row = window.rows[a] + from;
+        const T* weights = window.weights + a * window.weight_stride + i * Queries;
+        over_columns<Queries, Shift>(kernel, [&](int64_t c, int first, int end) __attribute__((always_inline)) {
+          Vector<T> value[Channels];
 #pragma GCC unroll 4
-        for (int v = 0; v < Channels; v++) value[v] = load(row + c * window.column_stride + v * n);
+          for (int v = 0; v < Channels; v++) value[v] = load(row + c * window.column_stride + v * n);
+#pragma GCC unroll 4
+          for (int u = 0; u < Queries; u++) {
+            if (u < first || u >= end) continue;
+            const T weight = weights[(c - Shift * u) * n + u];
+#pragma GCC unroll 4
+            for (int v = 0; v < Channels; v++) sum[u][v] += weight * value[v];
+          }
+        });
+      }
+#pragma GCC unroll 4
+      for (int u = 0; u < Queries; u++)
+#pragma GCC unroll 4
+        for (int v = 0; v < Channels; v++) total[u][v] += sum[u][v];
+    }
+#pragma GCC unroll 4
+    for (int u = 0; u < Queries; u++)
+#pragma GCC unroll 4
+      for (int v = 0; v < Channels; v++) {
+        if (left >= (v + 1) * n)
+          store(to + u * stride + v * n, total[u][v] * factor[u]);
+        else
+          store_some(to + u * stride + v * n, total[u][v] * factor[u], left - v * n);
+      }
+  }
+}
+
+// row += weight * vector at every key of every query of the group; `vectors` is the first query's.
+template <typename S, int Queries, int Shift, int Channels, typename T = Computed<S>>
+__attribute__((noinline)) void spread(const WindowRows<T>& window, const Group& group, int64_t first_key,
+                                      int64_t kernel, int64_t channel, int64_t left, const S* vectors, int64_t stride) {
+  constexpr int n = Simd<T>::kLanes;
+  for (int64_t i = 0; i < group.count; i++, vectors += Queries * stride) {
+    const int64_t to = (group.start - first_key + i * Shift * Queries) * window.column_stride + channel;
+    Vector<T> vector[Queries][Channels];
+#pragma GCC unroll 4
+    for (int u = 0; u < Queries; u++)
+#pragma GCC unroll 4
+      for (int v = 0; v < Channels; v++) {
+        const S* from = vectors + u * stride + v * n;
+        vector[u][v] = left >= (v + 1) * n ? load(from) : load_some(from, left - v * n);
+      }
+    for (int64_t a = 0; a < window.count; a++) {
+      T* row = window.rows[a] + to;
+      const T* weights = window.weights + a * window.weight_stride + i * Queries;
+      over_columns<Queries, Shift>(kernel, [&](int64_t c, int first, int end) __attribute__((always_inline)) {
+        Vector<T> sum[Channels] = {};
 #pragma GCC unroll 4
         for (int u = 0; u < Queries; u++) {
           if (u < first || u >= end) continue;
           const T weight = weights[(c - Shift * u) * n + u];
 #pragma GCC unroll 4
-          for (int v = 0; v < Channels; v++) sum[u][v] += weight * value[v];
+          for (int v = 0; v < Channels; v++) sum[v] += weight * vector[u][v];
+        }
+#pragma GCC unroll 4
+        for (int v = 0; v < Channels; v++) {
+          T* sums = row + c * window.column_stride + v * n;
+          store(sums, load(sums) + sum[v]);
         }
       });
     }
-#pragma GCC unroll 4
-    for (int u = 0; u < Queries; u++)
-#pragma GCC unroll 4
-      for (int v = 0; v < Channels; v++) total[u][v] += sum[u][v];
-  }
-#pragma GCC unroll 4
-  for (int u = 0; u < Queries; u++)
-#pragma GCC unroll 4
-    for (int v = 0; v < Channels; v++) {
-      if (left >= (v + 1) * n)
-        store(to + u * stride + v * n, total[u][v] * factor[u]);
-      else
-        store_some(to + u * stride + v * n, total[u][v] * factor[u], left - v * n);
-    }
-}
-
-// row += weight * vectors[u] at every key of every query of the group.
-template <typename T, int Queries, int Shift, int Channels>
-__attribute__((noinline)) void spread(const WindowRows<T>& window, int64_t start, int64_t kernel, int64_t channel,
-                                      Vector<T> (*vectors)[kChannels]) {
-  constexpr int n = Simd<T>::kLanes;
-  Vector<T> vector[Queries][Channels];
-#pragma GCC unroll 4
-  for (int u = 0; u < Queries; u++)
-#pragma GCC unroll 4
-    for (int v = 0; v < Channels; v++) vector[u][v] = vectors[u][v];
-  for (int64_t a = 0; a < window.count; a++) {
-    T* row = window.rows[a] + start * window.column_stride + channel;
-    const T* weights = window.weights + a * window.weight_stride;
-    over_columns<Queries, Shift>(kernel, [&](int64_t c, int first, int end) __attribute__((always_inline)) {
-      Vector<T> sum[Channels] = {};
-#pragma GCC unroll 4
-      for (int u = 0; u < Queries; u++) {
-        if (u < first || u >= end) continue;
-        const T weight = weights[(c - Shift * u) * n + u];
-#pragma GCC unroll 4
-        for (int v = 0; v < Channels; v++) sum[v] += weight * vector[u][v];
-      }
-#pragma GCC unroll 4
-      for (int v = 0; v < Channels; v++) {
-        T* to = row + c * window.column_stride + v * n;
-        store(to, load(to) + sum[v]);
-      }
-    });
   }
 }
 

@@ -14,8 +14,8 @@ namespace neighborhood {
 namespace NEIGHBORHOOD_INSTRUCTION_SET {
 namespace {
 
-constexpr int64_t kPrefetchBytes = 256 << 10;  // of a sample
-constexpr int64_t kMostSummed = 32;            // slopes in one sum of the bias' gradient: then sums of sums, in double
+constexpr int64_t kPrefetchBytes = 1 << 20;  // of a sample
+constexpr int64_t kMostSummed = 32;          // slopes in one sum of the bias' gradient: then sums of sums, in double
 
 // The sizes of working memory, for the longest dilation groups.
 template <typename T>
@@ -71,6 +71,7 @@ struct Tile {
   int64_t sums;  // where gradients of the bias are summed: 0 away from borders
   const Group* groups;
   int64_t group_count;
+  int64_t shares;  // how often queries share what is loaded
 };
 
 // Neighbouring tiles, and the columns of the keys that their windows cover.
@@ -122,8 +123,17 @@ class Tiles {
       }
       tile.sums = tile.sides ? ++borders : 0;
       tile.groups = group;
-      for (int64_t i = 0; i < tile.lanes; i += (group++)->size) *group = next_group(columns, x, i, tile.lanes);
+      for (int64_t i = 0; i < tile.lanes;) {
+        const Group next = next_group(columns, x, i, tile.lanes);
+        i += next.size;
+        if (group > tile.groups && continues(group[-1], next))
+          group[-1].count++;
+        else
+          *group++ = next;
+      }
       tile.group_count = group - tile.groups;
+      tile.shares = 0;
+      for (const Group* g = tile.groups; g < group; g++) tile.shares += g->count;
     }
   }
 
@@ -141,7 +151,7 @@ class Tiles {
 
  private:
   static Group next_group(const Axis& columns, int64_t tile, int64_t lane, int64_t lanes) {
-    Group group = {static_cast<int32_t>(lane), 1, 0, columns.start(tile + lane)};
+    Group group = {static_cast<int32_t>(lane), 1, 0, 1, columns.start(tile + lane)};
     // sliding windows that overlap too little would leave nothing to share
     const int64_t limit = smaller<int64_t>(kQueries, columns.kernel + 1);
     if (lane + 1 < lanes) group.shift = static_cast<int32_t>(columns.start(tile + lane + 1) - group.start);
@@ -149,6 +159,11 @@ class Tiles {
            columns.start(tile + lane + group.size) == group.start + group.shift * group.size)
       group.size++;
     return group;
+  }
+
+  static bool continues(const Group& group, const Group& next) {
+    return next.size == group.size && next.shift == group.shift &&
+           next.start == group.start + group.count * group.shift * group.size;
   }
 
   Tile<T>* tiles_;
@@ -239,14 +254,7 @@ class Prefetcher {
   }
 
   void step() {
-    constexpr int64_t line = 64 / sizeof(S);
-    if (run_ >= count_) return;
-    for (int64_t i = 0; i < per_step_; i++) {
-      Run& run = runs_[run_];
-      for (int64_t c = 0; c < elements_; c += line) __builtin_prefetch(run.next + c);
-      run.next += stride_;
-      if (--run.tokens == 0 && ++run_ == count_) return;
-    }
+    if (run_ < count_) ask();
   }
 
  private:
@@ -254,6 +262,16 @@ class Prefetcher {
     const S* next;
     int64_t tokens;
   };
+
+  __attribute__((noinline)) void ask() {
+    constexpr int64_t line = 64 / sizeof(S);
+    for (int64_t i = 0; i < per_step_; i++) {
+      Run& run = runs_[run_];
+      for (int64_t c = 0; c < elements_; c += line) __builtin_prefetch(run.next + c);
+      run.next += stride_;
+      if (--run.tokens == 0 && ++run_ == count_) return;
+    }
+  }
 
   // The heads of a band each ask for their part of the tokens, for all of them.
   void add(const S* row, int64_t first, int64_t end) {
@@ -355,16 +373,14 @@ void weigh(const Sizes<T>& sizes, const Map& map, const Tile<T>& tile, T* const*
   const int64_t kernel = map.columns().kernel;
   WindowRows<T> window = {rows, sizes.padded_dim, sizes.scores / kernel, nullptr, kernel * n};
   for (int64_t g = 0; g < tile.group_count; g++) {
-    prefetcher.step();
     const Group& group = tile.groups[g];
     window.weights = reinterpret_cast<const T*>(weights) + group.first_lane;
     for (int64_t c = 0; c < sizes.padded_dim;) {
       const int64_t channels = channels_at_once((sizes.padded_dim - c) / n);
       S* first = to + (tile.first + group.first_lane) * map.stride[2] + c;
       with_variant(group, channels, [&](auto queries, auto shift, auto vectors) {
-        weighted_sum<S, queries(), shift(), vectors()>(window, group.start - first_key, kernel, c,
-                                                       factor + group.first_lane, sizes.head_dim - c, first,
-                                                       map.stride[2]);
+        weighted_sum<S, queries(), shift(), vectors()>(window, group, first_key, kernel, c, factor + group.first_lane,
+                                                       sizes.head_dim - c, first, map.stride[2], prefetcher);
       });
       c += channels * n;
     }
@@ -384,16 +400,10 @@ void scatter(const Sizes<T>& sizes, const Map& map, const Tile<T>& tile, T* cons
     window.weights = reinterpret_cast<const T*>(weights) + group.first_lane;
     for (int64_t c = 0; c < sizes.padded_dim;) {
       const int64_t channels = channels_at_once((sizes.padded_dim - c) / n);
-      Vector<T> parts[kQueries][kChannels];
-      for (int64_t u = 0; u < group.size; u++) {
-        const S* from = vectors + (tile.first + group.first_lane + u) * map.stride[2] + c;
-        for (int64_t v = 0; v < channels; v++) {
-          const int64_t left = sizes.head_dim - c - v * n;
-          parts[u][v] = left >= n ? load(from + v * n) : load_some(from + v * n, left);
-        }
-      }
-      with_variant(group, channels, [&](auto queries, auto shift, auto vectors) {
-        spread<T, queries(), shift(), vectors()>(window, group.start - first_key, kernel, c, parts);
+      const S* first = vectors + (tile.first + group.first_lane) * map.stride[2] + c;
+      with_variant(group, channels, [&](auto queries, auto shift, auto parts) {
+        spread<S, queries(), shift(), parts()>(window, group, first_key, kernel, c, sizes.head_dim - c, first,
+                                               map.stride[2]);
       });
       c += channels * n;
     }
@@ -485,7 +495,7 @@ struct SlidingForward {
             });
     for (const Tile<T>& tile : strip) {
       prefetcher.begin(sizes, map, strip, tile, y, queries_region.end_row, {arguments.query},
-                       {arguments.key, arguments.value}, map.rows().kernel + count * tile.group_count);
+                       {arguments.key, arguments.value}, map.rows().kernel + count * tile.shares);
       run_tile(tile, z, y, count);
     }
   }
@@ -515,8 +525,9 @@ struct SlidingForward {
                arguments.output + row, prefetcher);
       if (!arguments.logsumexp) continue;
       const Vector<T> logsumexp = maximum + logarithm<T>(sum);
-      for (int64_t i = 0; i < tile.lanes; i++)
-        arguments.logsumexp[(row + (tile.first + i) * stride) / sizes.head_dim] = logsumexp[i];
+      const int64_t token = stride / sizes.head_dim;
+      double* to = arguments.logsumexp + (row + tile.first * stride) / sizes.head_dim;
+      for (int64_t i = 0; i < tile.lanes; i++) to[i * token] = logsumexp[i];
     }
   }
 };
@@ -618,7 +629,7 @@ struct SlidingBackward {
     const bool own = query >= begin_own && query < end_own;  // bands and segments begin at multiples of kRowBlock
     for (const Tile<T>& tile : strip) {
       prefetcher.begin(sizes, map, strip, tile, y, end_row, {arguments.query, arguments.grad_output},
-                       {arguments.key, arguments.value}, 2 * map.rows().kernel + count * tile.group_count);
+                       {arguments.key, arguments.value}, 2 * map.rows().kernel + count * tile.shares);
       run_tile(tile, z, y, count, own);
     }
     const bool plane_ends = volume && y + count == end_row;
@@ -656,7 +667,7 @@ struct SlidingBackward {
     const Vector<T> scales = splat(scale);
     const int64_t stride = map.stride[2], kernel = map.columns().kernel;
     const int64_t planes = map.planes().kernel, height = map.rows().kernel, first_plane = map.planes().start(z);
-    const int64_t first = map.offset + z * map.stride[0] + y * map.stride[1];
+    const int64_t first = map.offset + z * map.stride[0] + y * map.stride[1], token = stride / sizes.head_dim;
     for (int64_t r = 0; r < count; r++) {
       const int64_t from = first + r * map.stride[1] + tile.first * stride;
       transpose<S>(arguments.grad_output + from, stride, tile.lanes, sizes.head_dim, T(1),
@@ -664,8 +675,8 @@ struct SlidingBackward {
       transpose<S>(arguments.query + from, stride, tile.lanes, sizes.head_dim, scale,
                    reinterpret_cast<T*>(queries + r * sizes.head_dim), n);
       logsumexp[r] = Vector<T>{};
-      for (int64_t i = 0; i < tile.lanes; i++)
-        logsumexp[r][i] = static_cast<T>(arguments.logsumexp[(from + i * stride) / sizes.head_dim]);
+      const double* sums = arguments.logsumexp + from / sizes.head_dim;
+      for (int64_t i = 0; i < tile.lanes; i++) logsumexp[r][i] = static_cast<T>(sums[i * token]);
     }
     score_tile<S>(sizes, map, tile, keys, bias, z, y, count, queries, weights, prefetcher);
     score_tile<S>(sizes, map, tile, values, Bias<T>{nullptr, nullptr}, z, y, count, grads, slopes, prefetcher);
