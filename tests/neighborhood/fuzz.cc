@@ -267,6 +267,13 @@ class Caller {
     s.batch = below(10) ? 1 + below(2) : 0;
     s.heads = 1 + below(2);
     s.head_dim = below(2) ? 1 + below(40) : 16 * (1 + below(2));
+    if (dimensions == 2 && below(300) == 0) {  // heads of large maps are worked on in step
+      s.batch = 1;
+      s.height += 24;
+      s.width += 96;
+      s.heads = 3 + below(4);
+      s.head_dim = 32;
+    }
     return s;
   }
 
