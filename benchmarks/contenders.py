@@ -26,7 +26,7 @@ class Case:
 
     def __init__(self, heads: int, height: int, width: int, kernel_size: int, dilation: int, head_dim: int):
         self.kernel_size, self.dilation = kernel_size, dilation
-        self.name = f"{heads}x{height}x{width} k{kernel_size} d{dilation} head_dim {head_dim}"
+        self.name = f"{heads}x{height}x{width}x{head_dim} k{kernel_size} d{dilation}"
         self.height, self.width, self.head_dim = height, width, head_dim
         self.tokens = height * width
         self.flops = 4 * heads * self.tokens * kernel_size**2 * head_dim

@@ -8,7 +8,8 @@ mask is made beforehand, but in training, where the bias changes), torch with ke
 torch's flex_attention, eager and compiled, and NATTEN where it is installed. In every round each contender runs for a
 moment, and so do a matrix product and a copy: medians over rounds treat all alike, on machines too whose clock swings.
 GFLOP/s count useful work: two products of each query with the keys of its window, and 3.5 times that with the backward.
-Percentages are of the matrix product's rate in the same rounds, with as many threads.
+Percentages are of the matrix product's rate in the same rounds, with as many threads. A case is named by its heads x
+height x width x head_dim, its kernel size and its dilation.
 """
 
 import argparse
@@ -165,12 +166,19 @@ def run_with(threads: int, arguments: argparse.Namespace) -> dict:
 
 
 def show_summary(console: Console, reports: list[dict]) -> None:
-    """The kernels' share of sgemm, their ratios to peers, their growth with maps; and what further threads gain."""
+    """The kernels' share of sgemm, their ratios to peers, their growth with maps; and what further threads gain.
+
+    "both" is forward and backward. Ratios to peers are of torch's half, or of the faster composed one.
+    """
     for report in reports:
         table = Table(title=f"{report['threads']} thread(s)", title_justify="left", box=None)
-        left = ("case", "fastest peer")
-        for column in ("case", "% of sgemm", "called by torch", "fastest peer", "peer / torch", "peer / composed"):
-            table.add_column(column, justify="left" if column in left else "right")
+        table.add_column("case")
+        table.add_column("")
+        for column in ("% of\nsgemm", "called by\ntorch"):
+            table.add_column(column, justify="right")
+        table.add_column("fastest\npeer")
+        for column in ("peer /\ntorch", "peer /\ncomposed"):
+            table.add_column(column, justify="right")
         for result in report["results"]:
             ours, peers = result["contenders"], peers_of(result["contenders"])
             composed = min(ours["torch composed"]["seconds"], ours["keras composed"]["seconds"])
@@ -180,7 +188,8 @@ def show_summary(console: Console, reports: list[dict]) -> None:
                 seconds = peers[best]["seconds"]
                 cells = (best, f"{seconds / ours['torch native']['seconds']:.1f}", f"{seconds / composed:.1f}")
             percents = [f"{ours[name]['percent']:.0f}" for name in ("kernels", "torch native")]
-            table.add_row(result["case"] + (", with backward" if result["backward"] else ""), *percents, *cells)
+            case = ("", "both") if result["backward"] else (result["case"], "forward")
+            table.add_row(*case, *percents, *cells)
         console.print(table)
         console.print()
         show_growth(console, report)
@@ -200,7 +209,7 @@ def show_growth(console: Console, report: dict) -> None:
     """How the time per token of the largest map compares with that of the first case."""
     for backward in (False, True):
         results = {r["case"]: r["contenders"] for r in report["results"] if r["backward"] == backward}
-        small, large = (results.get(f"2x{size}x{size} k7 d1 head_dim 32") for size in (56, 448))
+        small, large = (results.get(f"2x{size}x{size}x32 k7 d1") for size in (56, 448))
         if small is None or large is None:
             continue
         tokens = 448**2 / 56**2
@@ -233,7 +242,7 @@ def plot(report: dict, path: Path) -> None:
                 [row + (i - 2.5) * 0.14 for row in rows], [1e3 * s for s in seconds], 0.13, label=label, color=color
             )
     axes.set_yscale("log")
-    axes.set_xticks(range(len(results)), [r["case"].replace(" head_dim 32", "").replace(" k7", "") for r in results])
+    axes.set_xticks(range(len(results)), [r["case"].replace("x32", "").replace(" k7", "") for r in results])
     axes.set_ylabel("milliseconds, forward")
     axes.set_title(
         f"Neighborhood attention, window 7x7, heads x height x width, dilation; {report['threads']} thread(s)"
@@ -267,7 +276,7 @@ def main() -> None:
             environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
             subprocess.run(command + ["--forward-only"] * arguments.forward_only, check=True, env=environment)
             reports += json.loads(path.read_text())
-    show_summary(Console(), reports)
+    show_summary(Console(width=max(90, Console().width)), reports)
     if arguments.json:
         arguments.json.write_text(json.dumps(reports, indent=1))
     if arguments.plot:

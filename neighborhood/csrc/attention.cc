@@ -1,6 +1,7 @@
 // The C interface: checks, choice of the instruction set, and the division of the work among threads.
 #include <algorithm>
 #include <atomic>
+#include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -42,9 +43,11 @@ const InstructionSet* const kInstructionSets[] = {
 
 thread_local char message[512];
 
-template <typename... Parts>
-const char* fail(const char* format, Parts... parts) {
-  std::snprintf(message, sizeof(message), format, parts...);
+[[gnu::format(printf, 1, 2)]] const char* fail(const char* format, ...) {
+  va_list parts;
+  va_start(parts, format);
+  std::vsnprintf(message, sizeof(message), format, parts);
+  va_end(parts);
   return message;
 }
 
@@ -221,7 +224,7 @@ const char* backward(const Kernels<S>& kernels, const Shape& shape, BackwardArgu
   std::vector<double> sums(shape.heads * table);
   for (int64_t i = 0; i < count * bands.heads; i++) {
     const int64_t head = bands.map(shape, i / bands.heads, i % bands.heads).head;
-    if (head == shape.heads) continue;  // the last band has fewer
+    if (head >= shape.heads) continue;  // the last bands have fewer
     const double* part = parts.data() + i * segments * table;
     for (int64_t j = 0; j < segments * table; j++) sums[head * table + j % table] += part[j];
   }
