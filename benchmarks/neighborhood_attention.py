@@ -105,6 +105,7 @@ def measure(case, backward: bool, rounds: int) -> dict:
 
 def seconds_of(run: Callable) -> float:
     """The mean over as many calls as fit into a few hundredths of a second, after one that fills the caches."""
+    time.sleep(0.02)  # threads of the contender before look out for work for a while, on this one's cores
     begin = time.perf_counter()
     run()
     calls = max(1, int(0.03 / (time.perf_counter() - begin)))

@@ -12,9 +12,11 @@ import optree
 from keras import ops
 
 from modelspec.checkpoints import MAX_SHARD_SIZE, RawTensor, initial_weights, open_checkpoint, write_checkpoint
+from modelspec.checkpoints.keys import num_parameters
 from modelspec.configs import ModelConfig, config_from_dict
 from modelspec.configs.outputs import ModelOutput
 from modelspec.images.processor import ImageBatch, ImageProcessor
+from tfmodels.freezing import Freezing
 from tfmodels.layers import Dense
 from tfmodels.losses import image_classification_loss
 from tfmodels.weights import assign_weights, checkpoint_variables, read_weights
@@ -46,7 +48,7 @@ def unpack_inputs(call):
     return unpacked
 
 
-class TFPreTrainedModel(keras.Model):
+class TFPreTrainedModel(Freezing, keras.Model):
     """Base of every model: a config, seeded weights, checkpoints, and Keras training with the model's own loss.
 
     Constructing a model draws the reference's initialisation from Keras' own seed (`keras.utils.set_random_seed`).
@@ -125,9 +127,7 @@ class TFPreTrainedModel(keras.Model):
 
     def num_parameters(self) -> int:
         """Counts the elements of all weights but the statistics of batch normalization."""
-        statistics = ("running_mean", "running_var", "num_batches_tracked")
-        shapes = self.checkpoint_shapes()
-        return sum(int(np.prod(shape)) for key, shape in shapes.items() if key.rpartition(".")[2] not in statistics)
+        return num_parameters(self.checkpoint_shapes())
 
     def checkpoint_shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns checkpoint key -> shape of every weight, in the checkpoint's layouts."""
