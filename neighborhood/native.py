@@ -149,7 +149,7 @@ def forward(
     tokens = {"query": query, "key": key, "value": value, "output": output}
     pointers = call.pointers(tokens, {"rel_pos_bias": rel_pos_bias}, {"logsumexp": logsumexp})
     q, k, v, out, bias, lse = pointers
-    forward_at((q, k, v, bias, out, lse), *call.sizes, call.scale(scale), threads)
+    run_at("forward", (q, k, v, bias, out, lse), *call.sizes, call.scale(scale), threads)
 
 
 def backward(
@@ -180,14 +180,12 @@ def backward(
     pointers = call.pointers(tokens | grads, biases, {"logsumexp": logsumexp})
     q, k, v, grad, grad_q, grad_k, grad_v, bias, grad_bias, lse = pointers
     pointers = (q, k, v, bias, lse, grad, grad_q, grad_k, grad_v, grad_bias)
-    backward_at(pointers, *call.sizes, call.scale(scale), threads)
+    run_at("backward", pointers, *call.sizes, call.scale(scale), threads)
 
 
-Addresses = Sequence[int | None]
-
-
-def forward_at(
-    addresses: Addresses,
+def run_at(
+    direction: str,
+    addresses: Sequence[int | None],
     dtype: str,
     shape: tuple[int, ...],
     kernel_size: tuple[int, ...],
@@ -195,34 +193,19 @@ def forward_at(
     scale: float,
     threads: int,
 ) -> None:
-    """As `forward`, for callers that have checked their tensors and know where these lie in memory.
+    """As `forward` and `backward`, for callers that have checked their tensors and know where these lie in memory.
 
     Args:
-        addresses: of query, key, value, rel_pos_bias (or None), output and logsumexp (or None).
+        direction: "forward" or "backward".
+        addresses: of query, key, value, rel_pos_bias (or None); then of output and logsumexp (or None), or of
+            logsumexp, grad_output, grad_query, grad_key, grad_value and grad_rel_pos_bias (or None).
         dtype: one of DTYPES.
         shape: of query.
         kernel_size, dilation: one per axis.
+        scale, threads: as of `forward`.
     """
-    _raise(load().neighborhood_forward(_TYPES[dtype], _shape(shape, kernel_size, dilation), *addresses, scale, threads))
-
-
-def backward_at(
-    addresses: Addresses,
-    dtype: str,
-    shape: tuple[int, ...],
-    kernel_size: tuple[int, ...],
-    dilation: tuple[int, ...],
-    scale: float,
-    threads: int,
-) -> None:
-    """As `backward`; see `forward_at`.
-
-    Args:
-        addresses: of query, key, value, rel_pos_bias (or None), logsumexp, grad_output, grad_query, grad_key,
-            grad_value and grad_rel_pos_bias (or None).
-    """
-    sizes = _shape(shape, kernel_size, dilation)
-    _raise(load().neighborhood_backward(_TYPES[dtype], sizes, *addresses, scale, threads))
+    kernel = getattr(load(), f"neighborhood_{direction}")
+    _raise(kernel(_TYPES[dtype], _shape(shape, kernel_size, dilation), *addresses, scale, threads))
 
 
 @functools.lru_cache(maxsize=256)

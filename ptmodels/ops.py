@@ -156,27 +156,28 @@ class _Attention(torch.autograd.Function):
 
 def _forward(query, key, value, rel_pos_bias, kernel_size, dilation, scale, keeps_logsumexp=True):
     """Returns the attention and, for the backward, the log-sum-exp of each query's logits (B, *spatial, heads)."""
-    output = torch.empty(query.shape, dtype=query.dtype)
-    logsumexp = torch.empty(query.shape[:-1], dtype=torch.float64) if keeps_logsumexp else None
+    output = query.new_empty(query.shape)  # not where torch.set_default_device says
+    logsumexp = query.new_empty(query.shape[:-1], dtype=torch.float64) if keeps_logsumexp else None
     tensors = (query, key, value, rel_pos_bias, output, logsumexp)
-    _call(native.forward_at, tensors, kernel_size, dilation, scale)
+    _call("forward", tensors, kernel_size, dilation, scale)
     return output, logsumexp
 
 
 def _find_gradients(grad_output, query, key, value, rel_pos_bias, logsumexp, kernel_size, dilation, scale):
     """Returns the gradients of query, key, value and the bias, or None without a bias."""
-    grads = [torch.empty(query.shape, dtype=query.dtype) for _ in range(3)]
-    grad_bias = None if rel_pos_bias is None else torch.empty(rel_pos_bias.shape, dtype=query.dtype)
+    grads = [query.new_empty(query.shape) for _ in range(3)]
+    grad_bias = None if rel_pos_bias is None else query.new_empty(rel_pos_bias.shape)
     tensors = (query, key, value, rel_pos_bias, logsumexp, grad_output, *grads, grad_bias)
-    _call(native.backward_at, tensors, kernel_size, dilation, scale)
+    _call("backward", tensors, kernel_size, dilation, scale)
     return *grads, grad_bias
 
 
-def _call(kernel: Callable, tensors: Sequence[Tensor | None], kernel_size, dilation, scale: float) -> None:
+def _call(direction: str, tensors: Sequence[Tensor | None], kernel_size, dilation, scale: float) -> None:
     tensors = [None if tensor is None else tensor.contiguous() for tensor in tensors]
     addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
     query = tensors[0]
-    kernel(addresses, _DTYPES[query.dtype], query.shape, kernel_size, dilation, scale, torch.get_num_threads())
+    sizes = (query.shape, kernel_size, dilation)
+    native.run_at(direction, addresses, _DTYPES[query.dtype], *sizes, scale, torch.get_num_threads())
 
 
 # The same as operators of torch, which torch.compile, torch.export and torch.func can follow

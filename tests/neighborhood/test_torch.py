@@ -142,8 +142,8 @@ def test_a_layer_exports_with_unknown_sizes(implementation):
 
 def test_threads_follow_torchs_setting(monkeypatch):
     seen = []
-    forward = native.forward_at
-    monkeypatch.setattr(native, "forward_at", lambda *a: (seen.append(a[-1]), forward(*a)))
+    run = native.run_at
+    monkeypatch.setattr(native, "run_at", lambda *a: (seen.append(a[-1]), run(*a)))
     neighborhood_attention(*tensors(biased=False), (3, 2))
     assert seen == [torch.get_num_threads()]
 
