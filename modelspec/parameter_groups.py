@@ -111,6 +111,8 @@ def _depths(config) -> list[int]:
 def _block_of(config, key: str) -> tuple[int, int]:
     """Stage and block, from 0, of a key that begins with `encoder.`; downsampling is the next stage's first block."""
     numbers = [int(part) for part in key.split(".") if part.isdecimal()]
+    if len(numbers) < (2 if ".blocks." in key or ".layers." in key else 1):
+        return -1, -1
     if config.model_type == "vit_msn":
         return numbers[0], 0
     if config.model_type == "swiftformer":

@@ -25,7 +25,7 @@ struct Shape {
   int64_t batch, size[kAxes], heads, head_dim;
   int64_t kernel[kAxes], dilation[kAxes];
 
-  // How many heads are worked on in step, to read memory in larger pieces, if that leaves enough to do for all threads.
+  // How many heads are best worked on in step, to read memory in larger pieces; fewer if threads lack work then.
   int64_t heads_in_step(int64_t bytes) const {
     const bool large = size[0] == 1 && size[1] * size[2] * heads * head_dim * bytes > kNearBytes;
     if (!large || has_dense_maps()) return 1;

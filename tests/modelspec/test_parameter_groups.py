@@ -73,7 +73,23 @@ def test_freezing_takes_all_up_to_a_stage():
         groups.frozen_keys(config, keys, "stage9")
 
 
-@pytest.mark.parametrize("key", ["encoder.levels.9.layers.0.x", "encoder.levels.0.layers.99.x", "decoder.x", "x"])
-def test_unknown_keys_are_named(key):
+BAD_KEYS = [
+    "encoder.levels.9.layers.0.x",
+    "encoder.levels.0.layers.99.x",
+    "encoder.levels.0.layers.x",
+    "encoder.x",
+    "x",
+]
+
+
+@pytest.mark.parametrize("key", BAD_KEYS)
+@pytest.mark.parametrize(
+    "config", [NatConfig(), SwiftFormerConfig(), ViTMSNConfig()], ids=lambda config: config.model_type
+)
+def test_unknown_keys_are_named(config, key):
+    if config.model_type != "nat":
+        key = key.replace("levels.9", "network.99").replace("levels.0", "network.99").replace("layers", "blocks")
+    if config.model_type == "vit_msn":
+        key = key.replace("network.99.blocks", "layer.99")
     with pytest.raises(ValueError, match=f"'{key}' is no parameter of"):
-        groups.place_of(NatConfig(), key)
+        groups.place_of(config, key)
