@@ -33,6 +33,9 @@ ON_REQUEST = {
     Path("modelspec/exports.py"): {"onnx"},
     Path("tfmodels/export.py"): {"tf2onnx"},
     Path("parity/run_artefact.py"): {"onnxruntime", "ai_edge_litert"},
+    Path("twinzoo/finetuning.py"): {"sklearn", "tensorboard"},
+    Path("twinzoo/training_commands.py"): {"sklearn"},
+    Path("twinzoo/probing.py"): {"sklearn"},
 }
 PACKAGES = [name for name in ALLOWED if (ROOT / name).is_dir()]
 

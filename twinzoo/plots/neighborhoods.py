@@ -1,4 +1,4 @@
-"""Pictures of what a model does, of either half's arrays."""
+"""What the queries of neighborhood attention see, over a photograph."""
 
 import math
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from matplotlib.patches import Rectangle
 
 from modelspec.configs import DinatConfig, NatConfig
 from neighborhood.windows import key_positions
+from twinzoo.plots.photographs import to_rgb
 
 _COLORS = "inferno"
 _QUERY = "#35e0ff"
@@ -43,7 +44,7 @@ def plot_neighborhoods(
     Raises:
         ValueError: a pixel outside of the image, or attentions that do not fit `config`.
     """
-    photograph = _to_rgb(image)
+    photograph = to_rgb(image)
     height, width = photograph.shape[:2]
     if not (0 <= pixel[0] < height and 0 <= pixel[1] < width):
         raise ValueError(f"pixel is {tuple(pixel)}; the image has {height} rows and {width} columns")
@@ -72,18 +73,6 @@ def plot_neighborhoods(
     bar.set_label("weight, percent of the head's largest", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     return figure
-
-
-def _to_rgb(image) -> np.ndarray:
-    """(H, W, 3) floats in 0..1."""
-    array = np.asarray(image)
-    if array.dtype == np.uint8:
-        array = array / 255.0
-    if array.ndim == 2:
-        array = np.repeat(array[..., None], 3, axis=-1)
-    if array.ndim != 3 or array.shape[-1] not in (3, 4):
-        raise ValueError(f"image has shape {array.shape}; give (H, W, 3) or (H, W)")
-    return np.clip(array[..., :3].astype(float), 0.0, 1.0)
 
 
 def _map_sizes(config, size: tuple[int, int]) -> list[tuple[int, int]]:

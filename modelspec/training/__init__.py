@@ -1,0 +1,15 @@
+"""Training without a framework: the recipe, what the batches are, and the state of an interrupted training."""
+
+from modelspec.training.batches import ArrayImages, EvaluationBatches, LabelledImages, TrainingBatches
+from modelspec.training.recipe import Recipe
+from modelspec.training.state import TrainingState, matching_state
+
+__all__ = [
+    "ArrayImages",
+    "EvaluationBatches",
+    "LabelledImages",
+    "Recipe",
+    "TrainingBatches",
+    "TrainingState",
+    "matching_state",
+]

@@ -1,0 +1,224 @@
+"""Fine-tuning by a recipe, with `model.fit`. Twin: `ptmodels/training.py`."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from modelspec.training import EvaluationBatches, Recipe, TrainingBatches, TrainingState, matching_state
+from tfmodels.optimizers import recipe_optimizer
+from tfmodels.weights import assign_weights, checkpoint_variables, read_weights
+
+
+def fine_tune(
+    model,
+    batches: TrainingBatches,
+    *,
+    validation: EvaluationBatches | None = None,
+    state_path: str | os.PathLike | None = None,
+    on_step: Callable[[int, int, float], None] | None = None,
+    on_epoch: Callable[[TrainingState], None] | None = None,
+    compile_options: dict[str, Any] | None = None,
+) -> dict[str, list[float]]:
+    """Trains a classifier as the recipe of `batches` says, with `model.fit`.
+
+    Afterwards the model has the weights of the last epoch, or with `Recipe.ema` their moving average, which is what
+    the figures of validation are of, too. Stages that the recipe freezes stay frozen.
+
+    Args:
+        model: a `...ForImageClassification` of this package, which takes (B, C, H, W); for `mixed_precision` loaded
+            with `dtype="mixed_bfloat16"`.
+        batches: what to train on, and the recipe.
+        validation: what to measure after each epoch.
+        state_path: a file that holds the state after each epoch; if it exists, the training goes on from there.
+        on_step: called as `on_step(step, steps, loss)` after each optimizer step, counted from 1 in all epochs, with
+            the loss of its (last part of the) batch; of several steps at once, by `steps_per_execution`.
+        on_epoch: called with the state after each epoch, when it has been saved.
+        compile_options: for `model.compile`: `jit_compile`, `run_eagerly`, `steps_per_execution`.
+
+    Returns:
+        The curves, one number per epoch: `loss` and `accuracy` of training (with its dropping, smoothing and mixing),
+        `val_loss` and `val_accuracy`, and `learning_rate` of the epoch's last step.
+
+    Raises:
+        ValueError: the recipe does not fit the model.
+        CheckpointError: the file at `state_path` is damaged, or of another recipe or model.
+        OSError: the state cannot be written; what was saved before is kept.
+    """
+    recipe = batches.recipe
+    _check(model, recipe)
+    state = matching_state(state_path, recipe, model.checkpoint_shapes())
+    if recipe.freeze is not None:
+        model.freeze(upto=recipe.freeze)
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    optimizer = recipe_optimizer(model, recipe, batches.steps_per_epoch)
+    loss = keras.losses.CategoricalCrossentropy(
+        from_logits=True, label_smoothing=recipe.label_smoothing, dtype=model.variable_dtype
+    )
+    model.compile(
+        optimizer,
+        loss=loss,
+        metrics=[_Accuracy(name="accuracy", dtype=model.variable_dtype)],
+        **(compile_options or {}),
+    )
+    optimizer.build(model.trainable_variables)
+    history: dict[str, list[float]] = {}
+    if state is not None:
+        _restore(model, optimizer, state, recipe)
+        history = {name: list(values) for name, values in state.history.items()}
+    first_epoch = 0 if state is None else state.epoch
+    if recipe.distillation:
+        model.set_distilled_training(True)
+    try:
+        dataset = _PyDataset(batches, first_epoch, model.data_format)
+        keeper = _Keeper(dataset, history, state_path, on_step, on_epoch)
+        averaging = [] if recipe.ema is None else [keras.callbacks.SwapEMAWeights()]
+        model.fit(
+            dataset,
+            validation_data=None if validation is None else _PyDataset(validation, None, model.data_format),
+            epochs=recipe.epochs,
+            initial_epoch=first_epoch,
+            shuffle=False,  # or Keras would take the batches in an order of its own
+            callbacks=[*averaging, keeper],
+            verbose=0,
+        )
+    finally:
+        if recipe.distillation:
+            model.set_distilled_training(False)
+    return history
+
+
+def predict_logits(model, batches: EvaluationBatches) -> np.ndarray:
+    """Returns the logits (N, num_labels) of all images of `batches`, float32 or the model's own dtype."""
+    logits = model.predict(_PyDataset(batches, None, model.data_format), verbose=0).logits
+    return logits if logits.dtype in (np.float32, np.float64) else logits.astype(np.float32)
+
+
+def teacher_logits(model) -> Callable[[np.ndarray], np.ndarray]:
+    """Returns a function from pixel values (B, C, H, W) to a model's logits (B, num_labels), as arrays."""
+    call = tf.function(lambda pixel_values: model(pixel_values, training=False).logits, reduce_retracing=True)
+
+    def logits(pixel_values: np.ndarray) -> np.ndarray:
+        first = model.data_format == "channels_first"
+        return call(tf.constant(pixel_values if first else pixel_values.transpose(0, 2, 3, 1))).numpy()
+
+    return logits
+
+
+class _Accuracy(keras.metrics.CategoricalAccuracy):
+    """Accuracy by labels; in distilled training, of the heads' average."""
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        if len(y_true.shape) == 3:
+            y_true, y_pred = y_true[:, 0], keras.ops.mean(y_pred, axis=1)
+        super().update_state(y_true, y_pred, sample_weight)
+
+
+class _PyDataset(keras.utils.PyDataset):
+    """Batches as Keras takes them; an epoch's own where they are drawn."""
+
+    def __init__(self, batches, epoch: int | None, data_format: str):
+        super().__init__()
+        self.batches, self.epoch, self.data_format = batches, epoch, data_format
+
+    def __len__(self) -> int:
+        return len(self.batches) if self.epoch is None else self.batches.parts_per_epoch
+
+    def __getitem__(self, index: int):
+        images, targets = self.batches[index] if self.epoch is None else self.batches.part(self.epoch, index)
+        return images if self.data_format == "channels_first" else images.transpose(0, 2, 3, 1), targets
+
+
+class _Keeper(keras.callbacks.Callback):
+    """Begins each epoch with its own batches and seed, keeps the curves and the state, and tells of progress."""
+
+    def __init__(self, dataset: _PyDataset, history, state_path, on_step, on_epoch):
+        super().__init__()
+        self.dataset, self.batches, self.history, self.state_path = dataset, dataset.batches, history, state_path
+        self.on_step, self.on_epoch = on_step, on_epoch
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.dataset.epoch = epoch  # its own `on_epoch_end` is called before the first epoch, too
+        _seed_layers(self.model, self.batches.recipe.seed, epoch)
+        self.before = epoch * self.batches.steps_per_epoch
+        self.parts, self.summed = 0, 0.0
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.on_step is None:
+            return
+        recipe = self.batches.recipe
+        parts = min(batch + 1, self.batches.parts_per_epoch)  # several at once may claim more than there were
+        summed = float(logs["loss"]) * parts  # Keras tells the mean over the epoch up to here
+        done = parts // recipe.accumulation_steps
+        if done > self.parts // recipe.accumulation_steps:
+            steps = recipe.epochs * self.batches.steps_per_epoch
+            self.on_step(self.before + done, steps, (summed - self.summed) / (parts - self.parts))
+        self.parts, self.summed = parts, summed
+
+    def on_epoch_end(self, epoch, logs=None):
+        recipe, per_epoch = self.batches.recipe, self.batches.steps_per_epoch
+        found = {name: float(value) for name, value in logs.items()}
+        found["learning_rate"] = recipe.learning_rate_at((epoch + 1) * per_epoch - 1, per_epoch)
+        for name, value in found.items():
+            self.history.setdefault(name, []).append(value)
+        state = _state(self.model, recipe, epoch + 1, (epoch + 1) * per_epoch, self.history)
+        if self.state_path is not None:
+            state.save(self.state_path)
+        if self.on_epoch is not None:
+            self.on_epoch(state)
+
+
+def _check(model, recipe: Recipe) -> None:
+    mixed = model.dtype_policy.compute_dtype != model.dtype_policy.variable_dtype
+    if recipe.mixed_precision and model.dtype_policy.name != "mixed_bfloat16":
+        raise ValueError(
+            f"Recipe.mixed_precision is True, but the model computes in {model.dtype_policy.compute_dtype}; "
+            'load it with dtype="mixed_bfloat16"'
+        )
+    if mixed and not recipe.mixed_precision:
+        raise ValueError(f"the model is {model.dtype_policy.name}, but Recipe.mixed_precision is False")
+    if recipe.distillation and not hasattr(model, "set_distilled_training"):
+        raise ValueError(f"Recipe.distillation is True; {type(model).__name__} has no second head to train by it")
+
+
+def _seed_layers(model, seed: int, epoch: int) -> None:
+    """Gives all layers that draw a new seed, whatever they drew before."""
+    for number, layer in enumerate(model._flatten_layers()):
+        generator = getattr(layer, "seed_generator", None)
+        if generator is not None:
+            drawn = np.random.SeedSequence([seed, epoch, number]).generate_state(2)
+            generator.state.assign(drawn.astype(generator.state.dtype))
+
+
+def _moments(model, optimizer) -> dict[str, tuple]:
+    """Group of a state -> checkpoint key -> the optimizer's variable and the entry whose layout it has."""
+    entries = {key: entry for key, entry in checkpoint_variables(model).items() if entry.variable.trainable}
+    sources = {"first_moments": optimizer._momentums, "second_moments": optimizer._velocities}
+    if optimizer.use_ema:
+        sources["averages"] = optimizer._model_variables_moving_average
+    return {
+        group: {key: (values[optimizer._get_variable_index(entry.variable)], entry) for key, entry in entries.items()}
+        for group, values in sources.items()
+    }
+
+
+def _state(model, recipe: Recipe, epoch: int, step: int, history) -> TrainingState:
+    groups = {
+        group: {key: entry.to_checkpoint(keras.ops.convert_to_numpy(value)) for key, (value, entry) in values.items()}
+        for group, values in _moments(model, model.optimizer).items()
+    }
+    history = {name: list(values) for name, values in history.items()}
+    return TrainingState(epoch, step, recipe, history, read_weights(model), **{"averages": {}, **groups})
+
+
+def _restore(model, optimizer, state: TrainingState, recipe: Recipe) -> None:
+    assign_weights(model, state.weights)
+    for group, values in _moments(model, optimizer).items():
+        saved = getattr(state, group)
+        for key, (variable, entry) in values.items():
+            variable.assign(entry.to_keras(saved[key]).astype(variable.dtype))
+    optimizer._iterations.assign(state.step * recipe.accumulation_steps)

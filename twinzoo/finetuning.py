@@ -1,0 +1,355 @@
+"""Fine-tuning on a folder of images: from the folder to a checkpoint with everything that tells what it is worth.
+
+The checkpoint's folder gets, besides the checkpoint: `training/` (the state to go on from, the curves, TensorBoard's
+logs), `curves.png`, `confusion_matrix.png`, `parity.json` and the model card, `README.md`.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modelspec import get_config, load_config
+from modelspec.atomic_file import atomic_file, write_text
+from modelspec.checkpoints import CheckpointError
+from modelspec.training import EvaluationBatches, Recipe, TrainingBatches
+from twinzoo.halves import fresh_classifier, import_half, load_classifier, load_processor, predict_logits
+from twinzoo.image_folder import ImageFolder, training_and_validation, without_broken_images
+from twinzoo.model_card import ParityFigures, model_card
+
+TRAINING_FOLDER, STATE_FILE, RUN_FILE, HISTORY_FILE = "training", "state.safetensors", "run.json", "history.json"
+_LARGEST_BASELINE = 20_000  # images that logistic regression is fitted to
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """What is fine-tuned on what; a run that is interrupted goes on only as the same one.
+
+    Attributes:
+        folder: of images, one folder per class, or with folders `train` and `val` of such.
+        model: a checkpoint (folder, file, Hub id), or with `from_scratch` the name of a published variant.
+        recipe: says how.
+        framework: `"tf"` or `"torch"`.
+        from_scratch: begin with fresh weights.
+        image_size: side in pixels; the checkpoint's by default.
+        overrides: config fields that differ from the checkpoint's or the variant's.
+        teacher: a checkpoint that `Recipe.distillation` learns from.
+        skip_broken: leave out images that cannot be read, instead of refusing the folder.
+    """
+
+    folder: str
+    model: str
+    recipe: Recipe
+    framework: str = "torch"
+    from_scratch: bool = False
+    image_size: int | None = None
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    teacher: str | None = None
+    skip_broken: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What came out of a fine-tuning.
+
+    Attributes:
+        folder: of the checkpoint.
+        class_names: of the head, in order.
+        training_images, validation_images: how many there were.
+        accuracy: share of the held-out images that are classified right, of the weights that were saved.
+        baseline: the same of logistic regression on thumbnails; None where it was not fitted.
+        confusion: (n, n) counts of the held-out images: row true class, column predicted.
+        history: the curves.
+        parity: what comparing the halves on the result gave; None where it could not be done.
+        notes: what whoever started it should know, one sentence each.
+    """
+
+    folder: str
+    class_names: list[str]
+    training_images: int
+    validation_images: int
+    accuracy: float
+    baseline: float | None
+    confusion: np.ndarray
+    history: dict[str, list[float]]
+    parity: ParityFigures | None
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns it as plain values, for JSON."""
+        plain = dataclasses.asdict(self)
+        return plain | {"confusion": self.confusion.tolist()}
+
+
+class Listener:
+    """Is told how a fine-tuning goes; this one does nothing."""
+
+    def stage(self, what: str) -> None:
+        """Another part of the work begins."""
+
+    def step(self, done: int, total: int, loss: float | None = None) -> None:
+        """A part of the present work is done."""
+
+    def epoch(self, epoch: int, epochs: int, figures: Mapping[str, float]) -> None:
+        """An epoch is finished, and its state saved."""
+
+    def note(self, text: str) -> None:
+        """Something that one should know."""
+
+
+def fine_tune_folder(
+    run: Run, output: str | os.PathLike, *, restart: bool = False, listener: Listener | None = None
+) -> Outcome:
+    """Fine-tunes a classifier on a folder of images, and writes the checkpoint and all that belongs to it.
+
+    Called again with the same arguments after an interruption, it goes on after the last finished epoch.
+
+    Args:
+        run: what to do.
+        output: the folder of the checkpoint, which is made if need be.
+        restart: forget what an earlier run left in `output`.
+        listener: is told how it goes.
+
+    Raises:
+        FolderError: the images cannot be used.
+        CheckpointError: `output` holds another run, or a checkpoint that no run here has made.
+        SourceError, ValueError: the model cannot be had, or an option is not allowed.
+        OSError: something cannot be written; what was trained and saved before is kept.
+    """
+    listener = listener or Listener()
+    output = Path(output).expanduser()
+    notes: list[str] = []
+
+    def note(text: str) -> None:
+        notes.append(text)
+        listener.note(text)
+
+    listener.stage("reading images")
+    training, validation, warnings = training_and_validation(run.folder)
+    parts = []
+    for folder in (training, validation):
+        found, broken = without_broken_images(folder, skip=run.skip_broken, on_step=listener.step)
+        parts.append(found)
+        for reason in broken:
+            note(f"left out: {reason}")
+    training, validation = parts
+    for warning in warnings:
+        note(warning)
+
+    listener.stage("making the model")
+    _claim(output, run, training, restart)
+    model, processor = _make_model(run, training.class_names)
+    teacher = _make_teacher(run, training.class_names, processor)
+    num_labels = len(training.class_names)
+    batches = TrainingBatches(training, run.recipe, num_labels, processor, teacher)
+    used = batches.part_size * run.recipe.accumulation_steps
+    if used < run.recipe.batch_size:
+        note(f"batches have {used} images, fewer than {run.recipe.batch_size}: there are {len(training)} to train on")
+    held_out = EvaluationBatches(validation, num_labels, processor, run.recipe.batch_size) if len(validation) else None
+    if held_out is None:
+        note("no image is held out: nothing is measured")
+
+    state_path = output / TRAINING_FOLDER / STATE_FILE
+    history = _train(run, model, batches, held_out, state_path, listener)
+
+    listener.stage("writing the checkpoint")
+    model.save_pretrained(output, image_processor=processor)
+    confusion = np.zeros((num_labels, num_labels), np.int64)
+    if held_out is not None:
+        predicted = predict_logits(run.framework, model, held_out).argmax(-1)
+        np.add.at(confusion, (validation.labels, predicted), 1)
+    accuracy = float(np.trace(confusion) / confusion.sum()) if held_out is not None else float("nan")
+    listener.stage("logistic regression, to compare with")
+    baseline = _baseline(training, validation)
+    listener.stage("comparing the halves on the result")
+    parity = _check_parity(output, note)
+    outcome = Outcome(
+        str(output),
+        training.class_names,
+        len(training),
+        len(validation),
+        accuracy,
+        baseline,
+        confusion,
+        history,
+        parity,
+        notes,
+    )
+    listener.stage("drawing")
+    _draw(output, outcome, note)
+    write_text(output / "README.md", model_card(run, outcome, model.config, processor))
+    return outcome
+
+
+def _claim(output: Path, run: Run, training: ImageFolder, restart: bool) -> None:
+    """Makes sure that `output` is free, or holds this very run."""
+    folder = output / TRAINING_FOLDER
+    if restart:
+        shutil.rmtree(folder, ignore_errors=True)
+    described = dataclasses.asdict(run) | {"folder": str(Path(run.folder).expanduser().absolute())}
+    described |= {"recipe": run.recipe.to_dict(), "overrides": dict(run.overrides)}
+    described |= {"classes": training.class_names, "images": len(training)}
+    described = json.loads(json.dumps(described))
+    path = folder / RUN_FILE
+    if path.exists():
+        try:
+            earlier = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{path} cannot be read: {error}; begin anew with --restart") from error
+        differing = [name for name in described if earlier.get(name) != described[name]]
+        if differing:
+            name = differing[0]
+            ours, theirs = described[name], earlier.get(name)
+            if name == "recipe":
+                name = next(field for field in ours if (theirs or {}).get(field) != ours[field])
+                ours, theirs = ours[name], (theirs or {}).get(name)
+            raise CheckpointError(
+                f"{output} holds a run with {name} {_brief(theirs)}, and this one has {_brief(ours)}; "
+                "go on with the same options, begin anew with --restart, or choose another output"
+            )
+    elif (output / "config.json").exists() and not restart:
+        raise CheckpointError(f"{output} holds a checkpoint already; choose another output, or replace it: --restart")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(described, indent=2) + "\n")
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _make_model(run: Run, class_names: list[str]) -> tuple[Any, Any]:
+    overrides = dict(run.overrides)
+    config = get_config(run.model) if run.from_scratch else load_config(run.model)
+    if run.image_size is not None and "image_size" in {field.name for field in dataclasses.fields(config)}:
+        overrides.setdefault("image_size", run.image_size)
+    dtype = {}
+    if run.framework == "tf":
+        dtype = {"dtype": "mixed_bfloat16" if run.recipe.mixed_precision else "float32"}
+    if run.from_scratch:
+        model = fresh_classifier(run.framework, run.model, class_names, overrides, run.recipe.seed, **dtype)
+    else:
+        model = load_classifier(
+            run.framework, run.model, class_names=class_names, seed=run.recipe.seed, **overrides, **dtype
+        )
+    return model, load_processor(run.model, run.image_size)
+
+
+def _make_teacher(run: Run, class_names: list[str], processor) -> Callable[[np.ndarray], np.ndarray] | None:
+    if (run.teacher is not None) != run.recipe.distillation:
+        raise ValueError("distillation needs a teacher, and a teacher is for distillation: give both or neither")
+    if run.teacher is None:
+        return None
+    theirs = load_processor(run.teacher)
+    for name in ("image_mean", "image_std", "rescale_factor"):
+        if getattr(theirs, name) != getattr(processor, name):
+            raise ValueError(
+                f"the teacher's {name} is {getattr(theirs, name)}, the student's {getattr(processor, name)}; "
+                "they see the same pixel values"
+            )
+    teacher = load_classifier(run.framework, run.teacher)
+    names = list(teacher.config.id2label.values())
+    if names != class_names:
+        raise ValueError(f"the teacher's classes are {_brief(names)}; those of the images are {_brief(class_names)}")
+    _, training = import_half(run.framework)
+    return training.teacher_logits(teacher)
+
+
+def _train(run: Run, model, batches: TrainingBatches, held_out, state_path: Path, listener: Listener):
+    _, training = import_half(run.framework)
+    writer = _TensorBoard(state_path.parent)
+    listener.stage("training")
+
+    def on_epoch(state) -> None:
+        figures = {name: values[-1] for name, values in state.history.items()}
+        writer.write(state.history)
+        write_text(state_path.parent / HISTORY_FILE, json.dumps(state.history, indent=2) + "\n")
+        listener.epoch(state.epoch, run.recipe.epochs, figures)
+
+    try:
+        return training.fine_tune(
+            model, batches, validation=held_out, state_path=state_path, on_step=listener.step, on_epoch=on_epoch
+        )
+    finally:
+        writer.close()
+
+
+class _TensorBoard:
+    """Writes the curves for TensorBoard, if it is installed: all of them anew when a run begins or goes on."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.writer = folder / "tensorboard", None
+        try:
+            from tensorboard.summary import Writer
+        except ImportError:
+            return
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.writer, self.written = Writer(str(self.folder)), 0
+
+    def write(self, history: Mapping[str, list[float]]) -> None:
+        """Writes what is new of the curves; epochs count from 1."""
+        if self.writer is None:
+            return
+        epochs = len(history["loss"])
+        for name, values in history.items():
+            part, _, figure = name.rpartition("val_")
+            tag = f"{figure}/{'held_out' if part == '' and name.startswith('val_') else 'training'}"
+            for epoch in range(self.written, epochs):
+                self.writer.add_scalar(tag, values[epoch], epoch + 1)
+        self.written = epochs
+        self.writer.flush()
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
+def _baseline(training: ImageFolder, validation: ImageFolder) -> float | None:
+    """Accuracy of logistic regression on gray thumbnails of 8x8; None where it is not fitted."""
+    if not len(validation) or len(training) > _LARGEST_BASELINE or len(training.class_names) < 2:
+        return None
+    try:
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+    except ImportError:
+        return None
+    fitted = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    fitted.fit(_thumbnails(training), training.labels)
+    return float(fitted.score(_thumbnails(validation), validation.labels))
+
+
+def _thumbnails(folder: ImageFolder) -> np.ndarray:
+    from PIL import Image
+
+    images = (Image.fromarray(folder.image(index)).convert("L") for index in range(len(folder)))
+    return np.stack([np.asarray(image.resize((8, 8), Image.Resampling.BOX), np.float64).ravel() for image in images])
+
+
+def _check_parity(output: Path, note: Callable[[str], None]) -> ParityFigures | None:
+    try:
+        from parity.checking import check
+
+        return ParityFigures.of(check((), checkpoint=output))
+    except ImportError as error:
+        note(f"the halves were not compared: {error}")
+    return None
+
+
+def _draw(output: Path, outcome: Outcome, note: Callable[[str], None]) -> None:
+    try:
+        from twinzoo.plots import plot_confusion_matrix, plot_curves
+    except ImportError as error:
+        note(f"nothing is drawn: {error}; pip install 'twinzoo[plot]'")
+        return
+    figures = {"curves.png": plot_curves(outcome.history)}
+    if outcome.confusion.sum():
+        figures["confusion_matrix.png"] = plot_confusion_matrix(outcome.confusion, outcome.class_names)
+    for name, figure in figures.items():
+        with atomic_file(output / name) as temporary:
+            figure.savefig(temporary, format="png", dpi=120)
