@@ -33,7 +33,8 @@ ON_REQUEST = {
     Path("modelspec/exports.py"): {"onnx"},
     Path("tfmodels/export.py"): {"tf2onnx"},
     Path("parity/run_artefact.py"): {"onnxruntime", "ai_edge_litert"},
-    Path("twinzoo/finetuning.py"): {"sklearn", "tensorboard"},
+    Path("twinzoo/finetuning.py"): {"sklearn"},
+    Path("twinzoo/tensorboard_log.py"): {"tensorboard"},
     Path("twinzoo/training_commands.py"): {"sklearn"},
     Path("twinzoo/probing.py"): {"sklearn"},
 }

@@ -6,27 +6,28 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-DONE, FAILED, MISUSED = 0, 1, 2
+from twinzoo import inference_commands, training_commands
+from twinzoo.command_parser import CommandParser
+
+DONE, FAILED = 0, 1
 
 _EPILOG = """\
 examples:
   twinzoo info checkpoint.pth                     what is in this file
   twinzoo convert dinat_mini.pth my-dinat --model dinat-mini
   twinzoo convert old-folder new-folder --dtype float16 --max-shard-size 1GB
+  twinzoo finetune photos --model dinat_mini.pth --output my-dinat
+  twinzoo list 'dinat-*'                          what is published
+  twinzoo classify cat.jpg --model my-dinat       what an image shows
+  twinzoo evaluate photos --model my-dinat --framework both
+  twinzoo probe photos --model vit-msn-small      what features are worth
 
-exit status: 0 done; 1 the file cannot be used; 2 a wrong command
+exit status: 0 done; 1 it could not be done; 2 a wrong command
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, where argparse would print the usage as well."""
-
-    def error(self, message: str):
-        self.exit(MISUSED, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns 0 (done), 1 (the file cannot be used) or 2 (a wrong command).
+    """Runs the command line; returns 0 (done), 1 (it could not be done) or 2 (a wrong command).
 
     Args:
         argv: the arguments; those of the process by default.
@@ -52,9 +53,9 @@ def _fail(reason: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = CommandParser(
         prog="twinzoo",
-        description="Vision transformers in Keras and PyTorch: their files.",
+        description="Vision transformers in Keras and PyTorch: their files, what they see, and how good they are.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -81,6 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--revision", help="branch, tag or commit of a Hub repository")
     convert.add_argument("--json", action="store_true", help="print JSON instead of a table")
     convert.set_defaults(run=_convert)
+    training_commands.add_commands(commands)
+    inference_commands.add_commands(commands)
     return parser
 
 

@@ -21,6 +21,7 @@ from modelspec.training import EvaluationBatches, Recipe, TrainingBatches
 from twinzoo.halves import fresh_classifier, import_half, load_classifier, load_processor, predict_logits
 from twinzoo.image_folder import ImageFolder, training_and_validation, without_broken_images
 from twinzoo.model_card import ParityFigures, model_card
+from twinzoo.tensorboard_log import TensorBoardLog
 
 TRAINING_FOLDER, STATE_FILE, RUN_FILE, HISTORY_FILE = "training", "state.safetensors", "run.json", "history.json"
 _LARGEST_BASELINE = 20_000  # images that logistic regression is fitted to
@@ -262,51 +263,18 @@ def _make_teacher(run: Run, class_names: list[str], processor) -> Callable[[np.n
 
 def _train(run: Run, model, batches: TrainingBatches, held_out, state_path: Path, listener: Listener):
     _, training = import_half(run.framework)
-    writer = _TensorBoard(state_path.parent)
+    log = TensorBoardLog(state_path.parent / "tensorboard")
     listener.stage("training")
 
     def on_epoch(state) -> None:
         figures = {name: values[-1] for name, values in state.history.items()}
-        writer.write(state.history)
+        log.write(state.history)
         write_text(state_path.parent / HISTORY_FILE, json.dumps(state.history, indent=2) + "\n")
         listener.epoch(state.epoch, run.recipe.epochs, figures)
 
-    try:
-        return training.fine_tune(
-            model, batches, validation=held_out, state_path=state_path, on_step=listener.step, on_epoch=on_epoch
-        )
-    finally:
-        writer.close()
-
-
-class _TensorBoard:
-    """Writes the curves for TensorBoard, if it is installed: all of them anew when a run begins or goes on."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.writer = folder / "tensorboard", None
-        try:
-            from tensorboard.summary import Writer
-        except ImportError:
-            return
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.writer, self.written = Writer(str(self.folder)), 0
-
-    def write(self, history: Mapping[str, list[float]]) -> None:
-        """Writes what is new of the curves; epochs count from 1."""
-        if self.writer is None:
-            return
-        epochs = len(history["loss"])
-        for name, values in history.items():
-            part, _, figure = name.rpartition("val_")
-            tag = f"{figure}/{'held_out' if part == '' and name.startswith('val_') else 'training'}"
-            for epoch in range(self.written, epochs):
-                self.writer.add_scalar(tag, values[epoch], epoch + 1)
-        self.written = epochs
-        self.writer.flush()
-
-    def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
+    return training.fine_tune(
+        model, batches, validation=held_out, state_path=state_path, on_step=listener.step, on_epoch=on_epoch
+    )
 
 
 def _baseline(training: ImageFolder, validation: ImageFolder) -> float | None:

@@ -11,6 +11,7 @@ import numpy as np
 from modelspec import ImageProcessor, get_variant, list_models, load_config
 from modelspec.checkpoints import CheckpointWarning, initial_weights
 from modelspec.training import EvaluationBatches
+from parity.quiet_import import import_tensorflow
 
 FRAMEWORKS = ("tf", "torch")
 
@@ -29,7 +30,7 @@ def import_half(framework: str) -> tuple[ModuleType, ModuleType]:
         raise ValueError(f"framework is {framework!r}; allowed are {', '.join(FRAMEWORKS)}")
     try:
         if framework == "tf":
-            os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # else TensorFlow talks about the processor
+            import_tensorflow()
             import tfmodels.auto
             import tfmodels.training
 

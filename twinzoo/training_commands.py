@@ -9,8 +9,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from modelspec.training.recipe import Recipe
-
 _NOT_OFFERED = ("distillation",)  # follows from --teacher
 _FROM_SCRATCH = {"learning_rate": 1e-3}  # where it differs from what suits a pretrained model
 _HELP = {
@@ -39,6 +37,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     """Adds the commands to those of `twinzoo`."""
     finetune = commands.add_parser(
         "finetune",
+        complete=_add_recipe,
         help="train a classifier on a folder of images",
         description="Train a classifier on a folder that holds a folder of images for each class (a fifth of each class"
         " is held out), or folders train and val of such. Run again after an interruption, it goes on after the last"
@@ -58,10 +57,6 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     finetune.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be read")
     finetune.add_argument("--restart", action="store_true", help="forget what an earlier run left in OUT")
     finetune.add_argument("--json", action="store_true", help="print the outcome as JSON, and nothing else")
-    recipe = finetune.add_argument_group("recipe")
-    for field in dataclasses.fields(Recipe):
-        if field.name not in _NOT_OFFERED:
-            _add_option(recipe, field)
     digits = commands.add_parser(
         "digits",
         help="write scikit-learn's handwritten digits as a folder of images",
@@ -70,6 +65,15 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     )
     digits.set_defaults(run=_digits)
     digits.add_argument("folder", metavar="DIR", help="the folder to write; it must not exist")
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    from modelspec.training import Recipe
+
+    group = parser.add_argument_group("recipe")
+    for field in dataclasses.fields(Recipe):
+        if field.name not in _NOT_OFFERED:
+            _add_option(group, field)
 
 
 def _add_option(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
@@ -85,6 +89,7 @@ def _add_option(group: argparse._ArgumentGroup, field: dataclasses.Field) -> Non
 
 def _finetune(arguments: argparse.Namespace) -> int:
     """Train a classifier on a folder of images."""
+    from modelspec.training import Recipe
     from twinzoo.finetuning import Run, fine_tune_folder
 
     given = {

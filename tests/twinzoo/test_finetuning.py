@@ -76,8 +76,8 @@ def test_a_folder_becomes_a_checkpoint(model, framework, digit_folder, tmp_path,
     assert f"| this model | {found['accuracy']:.2%} |" in card and "all agree" in card and "float64 | " in card
     events = EventAccumulator(str(tmp_path / "out" / "training" / "tensorboard")).Reload()
     for tag, name in (("loss/training", "loss"), ("accuracy/held_out", "val_accuracy")):
-        written = [tensor.tensor_proto.float_val[0] for tensor in events.Tensors(tag)]
-        np.testing.assert_allclose(written, found["history"][name], rtol=1e-6)
+        written = [(scalar.step, scalar.value) for scalar in events.Scalars(tag)]
+        np.testing.assert_allclose(written, list(enumerate(found["history"][name], start=1)), rtol=1e-6)
 
 
 def ptmodels_tensor(array):

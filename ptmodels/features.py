@@ -1,0 +1,71 @@
+"""What a frozen model says of an image, as one vector: for linear probes and nearest neighbours.
+
+Twin: `tfmodels/features.py`.
+"""
+
+import numpy as np
+import torch
+
+from modelspec.configs import ModelConfig
+from ptmodels.pretrained import PreTrainedModel
+
+POOLED, CLS, CLS_BEFORE_NORM = "pooled", "cls", "cls-before-norm"
+
+
+def feature_kinds(config: ModelConfig) -> tuple[str, ...]:
+    """Returns the kinds of features of a family, the default first.
+
+    `"pooled"` is what the classifier is given: the mean of the final map, and of ViT-MSN, which has no map, the class
+    token, so that it is `"cls"` there. `"cls-before-norm"` is that token as the last layer leaves it, which is what MSN
+    was evaluated on (Assran et al., ECCV 2022, arXiv:2204.07141).
+    """
+    return (CLS_BEFORE_NORM, CLS, POOLED) if config.model_type == "vit_msn" else (POOLED,)
+
+
+def chosen_kind(config: ModelConfig, kind: str | None = None) -> str:
+    """Returns a kind of features that a family has, by default the first of `feature_kinds(config)`.
+
+    Raises:
+        ValueError: it has no such kind; the message names those it has.
+    """
+    allowed = feature_kinds(config)
+    if kind is not None and kind not in allowed:
+        raise ValueError(f"there are no {kind!r} features of {config.model_type}; there are {', '.join(allowed)}")
+    return kind or allowed[0]
+
+
+def extract_features(model: PreTrainedModel, pixel_values, kind: str | None = None) -> np.ndarray:
+    """Returns one vector for each image; the model is put into evaluation mode.
+
+    Args:
+        model: a bare model or a `...ForImageClassification`, which differ where the head has a norm (SwiftFormer).
+        pixel_values: (B, num_channels, H, W) floats, a tensor or an array.
+        kind: one of `feature_kinds(model.config)`; the first of them by default.
+
+    Returns:
+        (B, C) in the model's dtype, but float32 where that has 16 bits.
+
+    Raises:
+        ValueError: the family has no such kind, or the model is a backbone, which gives maps.
+    """
+    kind = chosen_kind(model.config, kind)
+    model.eval()
+    with torch.inference_mode():
+        images = torch.as_tensor(pixel_values).to(model.device)
+        if kind == CLS_BEFORE_NORM:
+            outputs = model.get_body()(images, output_hidden_states=True, return_dict=True)
+            features = outputs.hidden_states[-1][:, 0]
+        else:
+            features = _pooled(model, images)
+    return features.to(torch.promote_types(features.dtype, torch.float32)).cpu().numpy()
+
+
+def _pooled(model: PreTrainedModel, images: torch.Tensor) -> torch.Tensor:
+    features = model.forward_features(images)
+    if isinstance(features, tuple):
+        raise ValueError(f"{type(model).__name__} gives maps; use a bare model or a ForImageClassification model")
+    if model.get_body() is not model:
+        return model.forward_head(features, pre_logits=True)
+    if model.config.model_type == "vit_msn":
+        return features[:, 0]
+    return features.mean(dim=(2, 3) if model.config.model_type == "swiftformer" else (1, 2))
