@@ -15,6 +15,7 @@ from modelspec.configs import (
     NatConfig,
 )
 from modelspec.configs.nat import NeighborhoodConfig
+from ptmodels.gradient_checkpointing import BlockSequence
 from ptmodels.layers import DropPath, get_activation, resize_map
 from ptmodels.losses import image_classification_loss
 from ptmodels.ops import neighborhood_attention
@@ -199,7 +200,7 @@ class NatLayer(nn.Module):
         return resize_map(x, height, width)
 
 
-class NatStage(nn.Module):
+class NatStage(BlockSequence):
     """Blocks and a downsampling, except after the last. Input: (B, H, W, C).
 
     Output: the map before and after the downsampling, and the probabilities of the last block.
@@ -219,9 +220,10 @@ class NatStage(nn.Module):
     def forward(
         self, x: torch.Tensor, output_attentions: bool = False, implementation: str = "auto"
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        options = {"implementation": implementation}
         for layer in self.layers[:-1]:
-            x, _ = layer(x, implementation=implementation)
-        x, probabilities = self.layers[-1](x, output_attentions=output_attentions, implementation=implementation)
+            x, _ = self.run_block(layer, x, **options)
+        x, probabilities = self.run_block(self.layers[-1], x, output_attentions=output_attentions, **options)
         return x, x if self.downsample is None else self.downsample(x), probabilities
 
 

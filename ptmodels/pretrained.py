@@ -11,12 +11,13 @@ from modelspec.configs import ModelConfig
 from modelspec.configs.outputs import ModelOutput
 from modelspec.images import ImageProcessor
 from ptmodels.freezing import Freezing
+from ptmodels.gradient_checkpointing import GradientCheckpointing
 
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
 CallOptions = collections.namedtuple("CallOptions", "output_hidden_states output_attentions return_dict")
 
 
-class PreTrainedModel(Freezing, nn.Module):
+class PreTrainedModel(Freezing, GradientCheckpointing, nn.Module):
     """Base of every model: a config, seeded weights, checkpoints.
 
     Constructing a model draws the reference's initialisation from torch's own seed (`torch.manual_seed`).

@@ -14,6 +14,7 @@ from modelspec.configs import (
     ImageClassifierOutputWithNoAttention,
     SwiftFormerConfig,
 )
+from ptmodels.gradient_checkpointing import BlockSequence
 from ptmodels.layers import DropPath, get_activation
 from ptmodels.losses import image_classification_loss
 from ptmodels.pretrained import PreTrainedModel
@@ -174,7 +175,7 @@ class SwiftFormerEncoderBlock(nn.Module):
         return x + self.drop_path(hidden)
 
 
-class SwiftFormerStage(nn.Module):
+class SwiftFormerStage(BlockSequence):
     """`depth - 1` convolutional blocks, then one encoder block. Input and output: (B, C, H, W)."""
 
     def __init__(self, config: SwiftFormerConfig, dim: int, drop_paths: list[float]):
@@ -184,7 +185,7 @@ class SwiftFormerStage(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
-            x = block(x)
+            x = self.run_block(block, x)
         return x
 
 
@@ -247,13 +248,17 @@ class SwiftFormerModel(PreTrainedModel):
 
 
 class SwiftFormerForImageClassification(PreTrainedModel):
-    """SwiftFormer with its two classification heads, whose logits are averaged."""
+    """SwiftFormer with its two classification heads, whose logits are averaged.
+
+    For training by a teacher, `set_distilled_training` leaves them apart.
+    """
 
     config_class = SwiftFormerConfig
 
     def __init__(self, config: SwiftFormerConfig):
         super().__init__(config)
         dim = config.embed_dims[-1]
+        self.distilled_training = False
         self.swiftformer = SwiftFormerModel(config)
         self.norm = nn.BatchNorm2d(dim, eps=config.batch_norm_eps)
         self.head = nn.Linear(dim, config.num_labels) if config.num_labels > 0 else nn.Identity()
@@ -276,20 +281,30 @@ class SwiftFormerForImageClassification(PreTrainedModel):
             return_dict: False returns a tuple.
 
         Returns:
-            `loss`, a scalar, if labels are given; `logits` (B, num_labels); `hidden_states`, each (B, C, H', W').
+            `loss`, a scalar, if labels are given; `logits` (B, num_labels), (B, 2, num_labels) in distilled training;
+            `hidden_states`, each (B, C, H', W').
 
         Raises:
             ValueError: `pixel_values` is missing or not (B, num_channels, H, W).
         """
         options = self.call_options(output_hidden_states=output_hidden_states, return_dict=return_dict)
         outputs = self.swiftformer(pixel_values, options.output_hidden_states, return_dict=True)
-        logits = self.forward_head(outputs.last_hidden_state)
+        pooled = self.forward_head(outputs.last_hidden_state, pre_logits=True)
+        heads = self.head(pooled), self.dist_head(pooled)
+        logits = (heads[0] + heads[1]) / 2
         output = ImageClassifierOutputWithNoAttention(
             loss=None if labels is None else image_classification_loss(self.config, labels, logits),
-            logits=logits,
+            logits=torch.stack(heads, dim=1) if self.training and self.distilled_training else logits,
             hidden_states=outputs.hidden_states,
         )
         return output if options.return_dict else output.to_tuple()
+
+    def set_distilled_training(self, enable: bool = True) -> None:
+        """Lets training see the logits of both heads, (B, 2, num_labels): the second one learns from a teacher.
+
+        In inference they are averaged all the same.
+        """
+        self.distilled_training = enable
 
     def forward_head(self, features: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         pooled = self.norm(features).mean(dim=(2, 3))  # (B, C_last)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from modelspec.configs import BackboneOutput, BaseModelOutput, ImageClassifierOutput, ViTMSNConfig
+from ptmodels.gradient_checkpointing import BlockSequence
 from ptmodels.layers import get_activation
 from ptmodels.losses import image_classification_loss
 from ptmodels.pretrained import PreTrainedModel
@@ -183,7 +184,7 @@ class ViTMSNLayer(nn.Module):
         return x + self.output(self.intermediate(self.layernorm_after(x))), probabilities
 
 
-class ViTMSNEncoder(nn.Module):
+class ViTMSNEncoder(BlockSequence):
     """The blocks. Input: (B, S, C). Output: all hidden states, first the input, and each layer's probabilities."""
 
     def __init__(self, config: ViTMSNConfig):
@@ -195,7 +196,7 @@ class ViTMSNEncoder(nn.Module):
     ) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
         hidden_states, attentions = [x], []
         for layer, head_mask in zip(self.layer, head_masks, strict=True):
-            x, probabilities = layer(x, head_mask, eager)
+            x, probabilities = self.run_block(layer, x, head_mask, eager)
             hidden_states.append(x)
             attentions.append(probabilities)
         return hidden_states, attentions

@@ -15,6 +15,7 @@ from modelspec.configs import (
     NatConfig,
 )
 from modelspec.configs.nat import NeighborhoodConfig
+from tfmodels.gradient_checkpointing import BlockSequence
 from tfmodels.layers import Conv2D, Dense, DropPath, LayerNormalization, LayerWithOutput, get_activation
 from tfmodels.losses import image_classification_loss
 from tfmodels.ops import neighborhood_attention
@@ -35,8 +36,7 @@ class NatPatchEmbeddings(keras.layers.Layer):
         ]
         self.built = True
 
-    def call(self, pixel_values):
-        x = pixel_values
+    def call(self, x):
         for convolution in self.projection:
             x = convolution(x)
         return x
@@ -179,9 +179,8 @@ class NatLayer(LayerWithOutput):
         self.output = NatOutput(config, dim)
         self.layer_scale_parameters = None
         if config.layer_scale_init_value > 0:
-            initializer = keras.initializers.Constant(config.layer_scale_init_value)
             self.layer_scale_parameters = self.add_weight(
-                shape=(2, dim), initializer=initializer, name="layer_scale_parameters"
+                shape=(2, dim), initializer="zeros", name="layer_scale_parameters"
             )
         self.built = True
 
@@ -213,7 +212,7 @@ class NatLayer(LayerWithOutput):
         return x
 
 
-class NatStage(keras.layers.Layer):
+class NatStage(BlockSequence):
     """Blocks and a downsampling, except after the last. Input: (B, H, W, C).
 
     Output: the map before and after the downsampling, and the probabilities of the last block.
@@ -229,10 +228,11 @@ class NatStage(keras.layers.Layer):
         self.downsample = NatDownsampler(dim) if stage + 1 < config.num_layers else None
         self.built = True
 
-    def call(self, x, output_attentions=False, implementation="auto"):
+    def call(self, x, output_attentions=False, implementation="auto", training=None):
+        options = {"implementation": implementation, "training": training}
         for layer in self.layers[:-1]:
-            x, _ = layer(x, implementation=implementation)
-        x, probabilities = self.layers[-1](x, output_attentions=output_attentions, implementation=implementation)
+            x, _ = self.run_block(layer, x, **options)
+        x, probabilities = self.run_block(self.layers[-1], x, output_attentions=output_attentions, **options)
         return x, x if self.downsample is None else self.downsample(x), probabilities
 
 

@@ -17,6 +17,7 @@ from modelspec.configs import ModelConfig, config_from_dict
 from modelspec.configs.outputs import ModelOutput
 from modelspec.images.processor import ImageBatch, ImageProcessor
 from tfmodels.freezing import Freezing
+from tfmodels.gradient_checkpointing import GradientCheckpointing
 from tfmodels.layers import Dense
 from tfmodels.losses import image_classification_loss
 from tfmodels.weights import assign_weights, checkpoint_variables, read_weights
@@ -48,7 +49,7 @@ def unpack_inputs(call):
     return unpacked
 
 
-class TFPreTrainedModel(Freezing, keras.Model):
+class TFPreTrainedModel(Freezing, GradientCheckpointing, keras.Model):
     """Base of every model: a config, seeded weights, checkpoints, and Keras training with the model's own loss.
 
     Constructing a model draws the reference's initialisation from Keras' own seed (`keras.utils.set_random_seed`).
@@ -197,11 +198,8 @@ class TFPreTrainedModel(Freezing, keras.Model):
             self._tracker.lock()
             keras.config.set_dtype_policy(previous)
         self.train_function = self.test_function = self.predict_function = None
-        heads = {
-            key: shape
-            for key, shape in self.checkpoint_shapes().items()
-            if key.partition(".")[0] in self.config.num_labels_keys
-        }
+        shapes = self.checkpoint_shapes().items()
+        heads = {key: shape for key, shape in shapes if key.partition(".")[0] in self.config.num_labels_keys}
         assign_weights(self, initial_weights(self.config, heads, _framework_seed()))
 
     def images_to_channels_last(self, pixel_values):

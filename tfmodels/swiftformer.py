@@ -13,6 +13,7 @@ from modelspec.configs import (
     ImageClassifierOutputWithNoAttention,
     SwiftFormerConfig,
 )
+from tfmodels.gradient_checkpointing import BlockSequence
 from tfmodels.layers import (
     BatchNormalization,
     Conv2D,
@@ -191,7 +192,7 @@ class SwiftFormerEncoderBlock(keras.layers.Layer):
         return x + self.drop_path(hidden)
 
 
-class SwiftFormerStage(keras.layers.Layer):
+class SwiftFormerStage(BlockSequence):
     """`depth - 1` convolutional blocks, then one encoder block. Input and output: (B, H, W, C)."""
 
     def __init__(self, config: SwiftFormerConfig, dim: int, drop_paths: list[float]):
@@ -200,9 +201,9 @@ class SwiftFormerStage(keras.layers.Layer):
         self.blocks = [*blocks, SwiftFormerEncoderBlock(config, dim, drop_paths[-1])]
         self.built = True
 
-    def call(self, x):
+    def call(self, x, training=None):
         for block in self.blocks:
-            x = block(x)
+            x = self.run_block(block, x, training=training)
         return x
 
 
@@ -266,7 +267,10 @@ class TFSwiftFormerModel(TFPreTrainedModel):
 
 @keras.saving.register_keras_serializable(package="twinzoo")
 class TFSwiftFormerForImageClassification(TFPreTrainedModel):
-    """SwiftFormer with its two classification heads, whose logits are averaged."""
+    """SwiftFormer with its two classification heads, whose logits are averaged.
+
+    For training by a teacher, `set_distilled_training` leaves them apart.
+    """
 
     config_class = SwiftFormerConfig
     maps_follow_data_format = True
@@ -274,6 +278,7 @@ class TFSwiftFormerForImageClassification(TFPreTrainedModel):
     def __init__(self, config: SwiftFormerConfig, **kwargs):
         super().__init__(config, **kwargs)
         dim = config.embed_dims[-1]
+        self.distilled_training = False
         with self.building():
             self.swiftformer = TFSwiftFormerModel(config, data_format="channels_last")
             self.norm = BatchNormalization(dim, epsilon=config.batch_norm_eps)
@@ -292,7 +297,8 @@ class TFSwiftFormerForImageClassification(TFPreTrainedModel):
             training: whether to drop paths and to use and update the statistics of the batch.
 
         Returns:
-            `loss`, a scalar, if labels are given; `logits` (B, num_labels); `hidden_states`, each (B, C, H', W').
+            `loss`, a scalar, if labels are given; `logits` (B, num_labels), (B, 2, num_labels) in distilled training;
+            `hidden_states`, each (B, C, H', W').
 
         Raises:
             ValueError: `pixel_values` is missing or of another shape.
@@ -303,16 +309,25 @@ class TFSwiftFormerForImageClassification(TFPreTrainedModel):
             output_hidden_states=options.output_hidden_states,
             return_dict=True,
         )
-        logits = self.forward_head(self.from_channels_last(outputs.last_hidden_state))
+        pooled = self.forward_head(self.from_channels_last(outputs.last_hidden_state), pre_logits=True)
+        heads = self.head(pooled), self.dist_head(pooled)
+        logits = (heads[0] + heads[1]) / 2
         hidden_states = outputs.hidden_states
         if hidden_states is not None:
             hidden_states = tuple(self.from_channels_last(hidden_state) for hidden_state in hidden_states)
         output = ImageClassifierOutputWithNoAttention(
             loss=None if labels is None else image_classification_loss(self.config, labels, logits),
-            logits=logits,
+            logits=ops.stack(heads, axis=1) if training and self.distilled_training else logits,
             hidden_states=hidden_states,
         )
         return output if options.return_dict else output.to_tuple()
+
+    def set_distilled_training(self, enable: bool = True) -> None:
+        """Lets training see the logits of both heads, (B, 2, num_labels): the second one learns from a teacher.
+
+        In inference they are averaged all the same. A compiled model has to be compiled again.
+        """
+        self.distilled_training = enable
 
     def forward_head(self, features, pre_logits=False):
         if self.data_format == "channels_first":

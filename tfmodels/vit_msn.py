@@ -8,6 +8,7 @@ import keras
 from keras import ops
 
 from modelspec.configs import BackboneOutput, BaseModelOutput, ImageClassifierOutput, ViTMSNConfig
+from tfmodels.gradient_checkpointing import BlockSequence
 from tfmodels.interpolation import resize_bicubic
 from tfmodels.layers import Conv2D, Dense, LayerNormalization, LayerWithOutput, get_activation
 from tfmodels.losses import image_classification_loss
@@ -192,7 +193,7 @@ class ViTMSNLayer(LayerWithOutput):
         return x + self.output(self.intermediate(self.layernorm_after(x))), probabilities
 
 
-class ViTMSNEncoder(keras.layers.Layer):
+class ViTMSNEncoder(BlockSequence):
     """The blocks. Input: (B, S, C). Output: all hidden states, first the input, and each layer's probabilities."""
 
     def __init__(self, config: ViTMSNConfig):
@@ -200,10 +201,10 @@ class ViTMSNEncoder(keras.layers.Layer):
         self.layer = [ViTMSNLayer(config) for _ in range(config.num_hidden_layers)]
         self.built = True
 
-    def call(self, x, head_masks=None, eager=False):
+    def call(self, x, head_masks=None, eager=False, training=None):
         hidden_states, attentions = [x], []
         for layer, head_mask in zip(self.layer, head_masks, strict=True):
-            x, probabilities = layer(x, head_mask=head_mask, eager=eager)
+            x, probabilities = self.run_block(layer, x, training=training, head_mask=head_mask, eager=eager)
             hidden_states.append(x)
             attentions.append(probabilities)
         return hidden_states, attentions

@@ -104,7 +104,12 @@ class Listener:
 
 
 def fine_tune_folder(
-    run: Run, output: str | os.PathLike, *, restart: bool = False, listener: Listener | None = None
+    run: Run,
+    output: str | os.PathLike,
+    *,
+    restart: bool = False,
+    parity: bool = True,
+    listener: Listener | None = None,
 ) -> Outcome:
     """Fine-tunes a classifier on a folder of images, and writes the checkpoint and all that belongs to it.
 
@@ -114,6 +119,7 @@ def fine_tune_folder(
         run: what to do.
         output: the folder of the checkpoint, which is made if need be.
         restart: forget what an earlier run left in `output`.
+        parity: compare the halves on the result.
         listener: is told how it goes.
 
     Raises:
@@ -168,7 +174,7 @@ def fine_tune_folder(
     listener.stage("logistic regression, to compare with")
     baseline = _baseline(training, validation)
     listener.stage("comparing the halves on the result")
-    parity = _check_parity(output, note)
+    figures = _check_parity(output, note) if parity else None
     outcome = Outcome(
         str(output),
         training.class_names,
@@ -178,7 +184,7 @@ def fine_tune_folder(
         baseline,
         confusion,
         history,
-        parity,
+        figures,
         notes,
     )
     listener.stage("drawing")

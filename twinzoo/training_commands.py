@@ -56,6 +56,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     finetune.add_argument("--teacher", metavar="SOURCE", help="checkpoint that SwiftFormer's second head learns from")
     finetune.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be read")
     finetune.add_argument("--restart", action="store_true", help="forget what an earlier run left in OUT")
+    finetune.add_argument("--no-parity", action="store_true", help="do not compare the halves on the result")
     finetune.add_argument("--json", action="store_true", help="print the outcome as JSON, and nothing else")
     digits = commands.add_parser(
         "digits",
@@ -112,7 +113,9 @@ def _finetune(arguments: argparse.Namespace) -> int:
     )
     started = time.perf_counter()
     with _listening(quiet=arguments.json) as listener:
-        outcome = fine_tune_folder(run, arguments.output, restart=arguments.restart, listener=listener)
+        outcome = fine_tune_folder(
+            run, arguments.output, restart=arguments.restart, parity=not arguments.no_parity, listener=listener
+        )
     if arguments.json:
         print(json.dumps({**outcome.to_dict(), "seconds": round(time.perf_counter() - started, 1)}, indent=2))
     else:

@@ -17,6 +17,8 @@ from image_folders import write_digits
 import ptmodels
 import tfmodels
 from modelspec import ImageProcessor
+from modelspec.checkpoints import read_checkpoint
+from modelspec.parameter_groups import place_of
 from modelspec.training import TrainingState
 from parity.certificate import verify
 from twinzoo.__main__ import main
@@ -41,7 +43,8 @@ def digit_folder(tmp_path_factory):
 
 
 def command(folder, output, model="swiftformer-xs", **options):
-    given = {"epochs": 2, "batch_size": 16, "image_size": 16, "learning_rate": 5e-3} | options
+    given = {"epochs": 2, "batch_size": 16, "image_size": 16, "learning_rate": 5e-3, "no_parity": True} | options
+    given = {name: value for name, value in given.items() if value is not False}
     arguments = ["finetune", str(folder), "--output", str(output), "--model", model, "--from-scratch"]
     for setting in SMALL[model]:
         arguments += ["--set", setting]
@@ -54,7 +57,10 @@ def command(folder, output, model="swiftformer-xs", **options):
 def test_a_folder_becomes_a_checkpoint(model, framework, digit_folder, tmp_path, capsys):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    assert main(command(digit_folder, tmp_path / "out", model, framework=framework, ema=0.9, json=True)) == 0
+    assert (
+        main(command(digit_folder, tmp_path / "out", model, framework=framework, ema=0.9, json=True, no_parity=False))
+        == 0
+    )
     found = json.loads(capsys.readouterr().out)
     assert found["class_names"] == ["digit 0", "digit 1", "digit 2"] and found["validation_images"] == 12
     assert found["accuracy"] == pytest.approx(found["history"]["val_accuracy"][-1])
@@ -219,3 +225,37 @@ def test_a_checkpoint_gets_a_new_head_the_same_in_both_halves(swiftformer_config
     np.testing.assert_allclose(kept(ptmodels_tensor(images)).logits.detach(), found, atol=1e-6)
     other = load_classifier("torch", tmp_path / "new", class_names=names[::-1], seed=6)
     assert np.abs(other(ptmodels_tensor(images)).logits.detach().numpy() - found).max() > 1e-5
+
+
+@pytest.mark.parametrize("framework", ["torch", pytest.param("tf", marks=pytest.mark.slow)])
+def test_a_checkpoint_is_trained_further_with_a_teacher_and_frozen_stages(framework, digit_folder, tmp_path, capsys):
+    assert main(command(digit_folder, tmp_path / "first", epochs=1, warmup_epochs=0)) == 0
+    arguments = [
+        "finetune",
+        str(digit_folder),
+        "--model",
+        str(tmp_path / "first"),
+        "--output",
+        str(tmp_path / "second"),
+    ]
+    arguments += ["--framework", framework, "--epochs", "1", "--warmup-epochs", "0", "--freeze", "stage1"]
+    arguments += [
+        "--teacher",
+        str(tmp_path / "first"),
+        "--gradient-checkpointing",
+        "--set",
+        "drop_path_rate=0.2",
+        "--no-parity",
+    ]
+    assert main(arguments) == 0, capsys.readouterr().err
+    before, after = (read_checkpoint(tmp_path / name / "model.safetensors").tensors for name in ("first", "second"))
+    kept = {key for key in before if np.array_equal(before[key], after[key])}
+    frozen = {key for key in before if place_of(ptmodels.load(tmp_path / "first").config, key).stage <= 1}
+    assert frozen <= kept and {"head.weight", "dist_head.weight"} & kept == set()
+    assert json.loads((tmp_path / "second" / "config.json").read_text())["drop_path_rate"] == 0.2
+
+    two = write_digits(tmp_path / "two", 20, classes=2)
+    assert main([*arguments[:1], str(two), *arguments[2:]]) == 1  # in the same place
+    arguments[arguments.index("--output") + 1] = str(tmp_path / "third")
+    assert main([*arguments[:1], str(two), *arguments[2:]]) == 1
+    assert "the teacher's classes are" in capsys.readouterr().err
