@@ -73,8 +73,8 @@ def fine_tune(
     first_epoch = 0 if state is None else state.epoch
     if recipe.distillation:
         model.set_distilled_training(True)
+    dataset = _PyDataset(batches, first_epoch, model.data_format)
     try:
-        dataset = _PyDataset(batches, first_epoch, model.data_format)
         keeper = _Keeper(dataset, history, state_path, on_step, on_epoch)
         averaging = [] if recipe.ema is None else [keras.callbacks.SwapEMAWeights()]
         model.fit(
@@ -86,6 +86,10 @@ def fine_tune(
             callbacks=[*averaging, keeper],
             verbose=0,
         )
+    except tf.errors.OpError:
+        if dataset.failure is not None:  # TensorFlow tells of it in a text of its own
+            raise dataset.failure from None
+        raise
     finally:
         if recipe.distillation:
             model.set_distilled_training(False)
@@ -124,12 +128,17 @@ class _PyDataset(keras.utils.PyDataset):
     def __init__(self, batches, epoch: int | None, data_format: str):
         super().__init__()
         self.batches, self.epoch, self.data_format = batches, epoch, data_format
+        self.failure: Exception | None = None
 
     def __len__(self) -> int:
         return len(self.batches) if self.epoch is None else self.batches.parts_per_epoch
 
     def __getitem__(self, index: int):
-        images, targets = self.batches[index] if self.epoch is None else self.batches.part(self.epoch, index)
+        try:
+            images, targets = self.batches[index] if self.epoch is None else self.batches.part(self.epoch, index)
+        except Exception as error:
+            self.failure = error
+            raise
         return images if self.data_format == "channels_first" else images.transpose(0, 2, 3, 1), targets
 
 

@@ -18,6 +18,7 @@ from modelspec import get_config, load_config
 from modelspec.atomic_file import atomic_file, write_text
 from modelspec.checkpoints import CheckpointError
 from modelspec.training import EvaluationBatches, Recipe, TrainingBatches
+from parity.errors import ComparisonError
 from twinzoo.halves import fresh_classifier, import_half, load_classifier, load_processor, predict_logits
 from twinzoo.image_folder import ImageFolder, training_and_validation, without_broken_images
 from twinzoo.model_card import ParityFigures, model_card
@@ -62,7 +63,8 @@ class Outcome:
         folder: of the checkpoint.
         class_names: of the head, in order.
         training_images, validation_images: how many there were.
-        accuracy: share of the held-out images that are classified right, of the weights that were saved.
+        accuracy: share of the held-out images that are classified right, of the weights that were saved; None
+            without such images.
         baseline: the same of logistic regression on thumbnails; None where it was not fitted.
         confusion: (n, n) counts of the held-out images: row true class, column predicted.
         history: the curves.
@@ -74,7 +76,7 @@ class Outcome:
     class_names: list[str]
     training_images: int
     validation_images: int
-    accuracy: float
+    accuracy: float | None
     baseline: float | None
     confusion: np.ndarray
     history: dict[str, list[float]]
@@ -149,7 +151,9 @@ def fine_tune_folder(
         note(warning)
 
     listener.stage("making the model")
-    _claim(output, run, training, restart)
+    described = _describe(run, training)
+    if not restart:
+        _check_free(output, described)
     model, processor = _make_model(run, training.class_names)
     teacher = _make_teacher(run, training.class_names, processor)
     num_labels = len(training.class_names)
@@ -162,6 +166,10 @@ def fine_tune_folder(
         note("no image is held out: nothing is measured")
 
     state_path = output / TRAINING_FOLDER / STATE_FILE
+    if restart:
+        shutil.rmtree(state_path.parent, ignore_errors=True)
+    state_path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(state_path.parent / RUN_FILE, json.dumps(described, indent=2) + "\n")
     history = _train(run, model, batches, held_out, state_path, listener)
 
     listener.stage("writing the checkpoint")
@@ -170,7 +178,7 @@ def fine_tune_folder(
     if held_out is not None:
         predicted = predict_logits(run.framework, model, held_out).argmax(-1)
         np.add.at(confusion, (validation.labels, predicted), 1)
-    accuracy = float(np.trace(confusion) / confusion.sum()) if held_out is not None else float("nan")
+    accuracy = float(np.trace(confusion) / confusion.sum()) if held_out is not None else None
     listener.stage("logistic regression, to compare with")
     baseline = _baseline(training, validation)
     listener.stage("comparing the halves on the result")
@@ -193,36 +201,39 @@ def fine_tune_folder(
     return outcome
 
 
-def _claim(output: Path, run: Run, training: ImageFolder, restart: bool) -> None:
-    """Makes sure that `output` is free, or holds this very run."""
-    folder = output / TRAINING_FOLDER
-    if restart:
-        shutil.rmtree(folder, ignore_errors=True)
+def _describe(run: Run, training: ImageFolder) -> dict[str, Any]:
+    """What an earlier run must have been, to be this one."""
     described = dataclasses.asdict(run) | {"folder": str(Path(run.folder).expanduser().absolute())}
     described |= {"recipe": run.recipe.to_dict(), "overrides": dict(run.overrides)}
     described |= {"classes": training.class_names, "images": len(training)}
-    described = json.loads(json.dumps(described))
-    path = folder / RUN_FILE
-    if path.exists():
-        try:
-            earlier = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(f"{path} cannot be read: {error}; begin anew with --restart") from error
-        differing = [name for name in described if earlier.get(name) != described[name]]
-        if differing:
-            name = differing[0]
-            ours, theirs = described[name], earlier.get(name)
-            if name == "recipe":
-                name = next(field for field in ours if (theirs or {}).get(field) != ours[field])
-                ours, theirs = ours[name], (theirs or {}).get(name)
+    return json.loads(json.dumps(described))
+
+
+def _check_free(output: Path, described: dict[str, Any]) -> None:
+    """Makes sure that `output` is free, or holds this very run."""
+    path = output / TRAINING_FOLDER / RUN_FILE
+    if not path.exists():
+        if (output / "config.json").exists():
             raise CheckpointError(
-                f"{output} holds a run with {name} {_brief(theirs)}, and this one has {_brief(ours)}; "
-                "go on with the same options, begin anew with --restart, or choose another output"
+                f"{output} holds a checkpoint already; choose another output, or replace it: --restart"
             )
-    elif (output / "config.json").exists() and not restart:
-        raise CheckpointError(f"{output} holds a checkpoint already; choose another output, or replace it: --restart")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(described, indent=2) + "\n")
+        return
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; begin anew with --restart") from error
+    differing = [name for name in described if earlier.get(name) != described[name]]
+    if not differing:
+        return
+    name = differing[0]
+    ours, theirs = described[name], earlier.get(name)
+    if name == "recipe":
+        name = next(field for field in ours if (theirs or {}).get(field) != ours[field])
+        ours, theirs = ours[name], (theirs or {}).get(name)
+    raise CheckpointError(
+        f"{output} holds a run with {name} {_brief(theirs)}, and this one has {_brief(ours)}; "
+        "go on with the same options, begin anew with --restart, or choose another output"
+    )
 
 
 def _brief(value: Any) -> str:
@@ -310,7 +321,7 @@ def _check_parity(output: Path, note: Callable[[str], None]) -> ParityFigures | 
         from parity.checking import check
 
         return ParityFigures.of(check((), checkpoint=output))
-    except ImportError as error:
+    except (ImportError, ComparisonError) as error:
         note(f"the halves were not compared: {error}")
     return None
 

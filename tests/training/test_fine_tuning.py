@@ -197,6 +197,22 @@ def test_what_does_not_fit_the_model_is_named(nat_config, swiftformer_config):
         train("torch", swiftformer_config, Recipe(freeze="stage9"))
 
 
+@pytest.mark.parametrize("half", HALVES)
+def test_what_cannot_be_read_meanwhile_is_told_as_it_is(half, vit_msn_config):
+    class Vanishing(ArrayImages):
+        def image(self, index):
+            if index == 17:
+                raise ValueError("17.png cannot be read as an image: there is no such file")
+            return super().image(index)
+
+    auto, training = HALVES[half]
+    model = auto.model_class("vit_msn").from_weights(vit_msn_config.replace(), probing_weights(vit_msn_config))
+    data = images()
+    vanishing = Vanishing(data.images.astype(np.float32), data.labels)
+    with pytest.raises(ValueError, match="^17.png cannot be read as an image: there is no such file$"):
+        training.fine_tune(model, TrainingBatches(vanishing, Recipe(epochs=2, batch_size=4), 10))
+
+
 MODES = {
     "jit_compile": {"jit_compile": True},
     "steps_per_execution": {"steps_per_execution": 4},

@@ -30,6 +30,12 @@ NAMES = ["zebra", "yak", "tabby, tabby cat", "Tiger Shark, Galeocerdo Cuvieri", 
 FOLDERS = {"Zebra": 0, "YAK": 1, "tabby_cat": 2, "galeocerdo cuvieri": 3, "walrus": 4, "ant": 5, "bee": 6}
 
 
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    """Paths of temporary folders are long, and lines would be folded."""
+    monkeypatch.setenv("COLUMNS", "300")
+
+
 @pytest.fixture(scope="module")
 def photographs():
     """28 of scikit-learn's digits, (8, 8, 3) uint8."""

@@ -31,6 +31,12 @@ from twinzoo.probing import (
 head_is_left_out = pytest.mark.filterwarnings("ignore::modelspec.CheckpointWarning")
 
 
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    """Paths of temporary folders are long, and lines would be folded."""
+    monkeypatch.setenv("COLUMNS", "300")
+
+
 @pytest.fixture
 def checkpoint(config, tmp_path):
     """A classifier of each family, saved."""
