@@ -6,32 +6,8 @@ Twin: `tfmodels/features.py`.
 import numpy as np
 import torch
 
-from modelspec.configs import ModelConfig
+from modelspec.feature_kinds import CLS_BEFORE_NORM, chosen_kind
 from ptmodels.pretrained import PreTrainedModel
-
-POOLED, CLS, CLS_BEFORE_NORM = "pooled", "cls", "cls-before-norm"
-
-
-def feature_kinds(config: ModelConfig) -> tuple[str, ...]:
-    """Returns the kinds of features of a family, the default first.
-
-    `"pooled"` is what the classifier is given: the mean of the final map, and of ViT-MSN, which has no map, the class
-    token, so that it is `"cls"` there. `"cls-before-norm"` is that token as the last layer leaves it, which is what MSN
-    was evaluated on (Assran et al., ECCV 2022, arXiv:2204.07141).
-    """
-    return (CLS_BEFORE_NORM, CLS, POOLED) if config.model_type == "vit_msn" else (POOLED,)
-
-
-def chosen_kind(config: ModelConfig, kind: str | None = None) -> str:
-    """Returns a kind of features that a family has, by default the first of `feature_kinds(config)`.
-
-    Raises:
-        ValueError: it has no such kind; the message names those it has.
-    """
-    allowed = feature_kinds(config)
-    if kind is not None and kind not in allowed:
-        raise ValueError(f"there are no {kind!r} features of {config.model_type}; there are {', '.join(allowed)}")
-    return kind or allowed[0]
 
 
 def extract_features(model: PreTrainedModel, pixel_values, kind: str | None = None) -> np.ndarray:
@@ -40,7 +16,7 @@ def extract_features(model: PreTrainedModel, pixel_values, kind: str | None = No
     Args:
         model: a bare model or a `...ForImageClassification`, which differ where the head has a norm (SwiftFormer).
         pixel_values: (B, num_channels, H, W) floats, a tensor or an array.
-        kind: one of `feature_kinds(model.config)`; the first of them by default.
+        kind: one of `modelspec.feature_kinds.feature_kinds(model.config)`; the first of them by default.
 
     Returns:
         (B, C) in the model's dtype, but float32 where that has 16 bits.

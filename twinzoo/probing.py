@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from modelspec import load_config
+from modelspec.feature_kinds import chosen_kind
 from modelspec.training import EvaluationBatches
 from twinzoo.evaluating import FRAMEWORK_NAMES, OnStep, WatchedBatches, named_step
 from twinzoo.halves import import_half, load_classifier, load_processor
@@ -104,7 +105,7 @@ def probe_folder(
         source: a folder, a file, a Hub id, or the name of a published variant.
         directory: see `training_and_validation`.
         framework: `"tf"` or `"torch"`.
-        kind: of the features, see `feature_kinds`; the family's default by default.
+        kind: of the features, see `modelspec.feature_kinds`; the family's default by default.
         shots, splits, seed, c: see `probe_features`; the seed is also that of what is held out.
         batch_size: images at a time.
         skip_broken: leave out images that cannot be read.
@@ -122,7 +123,7 @@ def probe_folder(
         raise FolderError(f"{training.root} holds one class, {training.class_names[0]}; there is nothing to tell apart")
     if not len(held_out):
         raise FolderError(f"{training.root} has one image of each class: nothing can be held out to measure on")
-    kind = _features_module(framework).chosen_kind(load_config(source), kind)
+    kind = chosen_kind(load_config(source), kind)
     processor, model = load_processor(source), load_classifier(framework, source)
     notes, folders = list(notes), []
     for folder in (training, held_out):
