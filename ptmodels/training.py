@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from modelspec.parameter_groups import has_weight_decay, learning_rate_scale
+from modelspec.parameter_groups import frozen_keys, has_weight_decay, learning_rate_scale
 from modelspec.training import EvaluationBatches, Recipe, TrainingBatches, TrainingState, matching_state
 
 
@@ -46,8 +46,7 @@ def fine_tune(
         OSError: the state cannot be written; what was saved before is kept.
     """
     recipe, per_epoch = batches.recipe, batches.steps_per_epoch
-    if recipe.distillation and not hasattr(model, "set_distilled_training"):
-        raise ValueError(f"Recipe.distillation is True; {type(model).__name__} has no second head to train by it")
+    check_recipe(model, recipe)
     state = matching_state(state_path, recipe, model.checkpoint_shapes())
     if recipe.freeze is not None:
         model.freeze(upto=recipe.freeze)
@@ -82,6 +81,18 @@ def fine_tune(
             parameter.copy_(measured)
     model.eval()
     return history
+
+
+def check_recipe(model, recipe: Recipe) -> None:
+    """Raises if a model cannot be trained by a recipe.
+
+    Raises:
+        ValueError: the model lacks the stage or the second head that the recipe names.
+    """
+    if recipe.distillation and not hasattr(model, "set_distilled_training"):
+        raise ValueError(f"Recipe.distillation is True; {type(model).__name__} has no second head to train by it")
+    if recipe.freeze is not None:
+        frozen_keys(model.config, (), recipe.freeze)
 
 
 def recipe_optimizer(

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from modelspec.parameter_groups import frozen_keys
 from modelspec.training import EvaluationBatches, Recipe, TrainingBatches, TrainingState, matching_state
 from tfmodels.optimizers import recipe_optimizer
 from tfmodels.weights import assign_weights, checkpoint_variables, read_weights
@@ -49,7 +50,7 @@ def fine_tune(
         OSError: the state cannot be written; what was saved before is kept.
     """
     recipe = batches.recipe
-    _check(model, recipe)
+    check_recipe(model, recipe)
     state = matching_state(state_path, recipe, model.checkpoint_shapes())
     if recipe.freeze is not None:
         model.freeze(upto=recipe.freeze)
@@ -94,6 +95,26 @@ def fine_tune(
         if recipe.distillation:
             model.set_distilled_training(False)
     return history
+
+
+def check_recipe(model, recipe: Recipe) -> None:
+    """Raises if a model cannot be trained by a recipe.
+
+    Raises:
+        ValueError: the model computes in another precision, lacks the stage or the second head that the recipe names.
+    """
+    mixed = model.dtype_policy.compute_dtype != model.dtype_policy.variable_dtype
+    if recipe.mixed_precision and model.dtype_policy.name != "mixed_bfloat16":
+        raise ValueError(
+            f"Recipe.mixed_precision is True, but the model computes in {model.dtype_policy.compute_dtype}; "
+            'load it with dtype="mixed_bfloat16"'
+        )
+    if mixed and not recipe.mixed_precision:
+        raise ValueError(f"the model is {model.dtype_policy.name}, but Recipe.mixed_precision is False")
+    if recipe.distillation and not hasattr(model, "set_distilled_training"):
+        raise ValueError(f"Recipe.distillation is True; {type(model).__name__} has no second head to train by it")
+    if recipe.freeze is not None:
+        frozen_keys(model.config, (), recipe.freeze)
 
 
 def predict_logits(model, batches: EvaluationBatches) -> np.ndarray:
@@ -179,19 +200,6 @@ class _Keeper(keras.callbacks.Callback):
             state.save(self.state_path)
         if self.on_epoch is not None:
             self.on_epoch(state)
-
-
-def _check(model, recipe: Recipe) -> None:
-    mixed = model.dtype_policy.compute_dtype != model.dtype_policy.variable_dtype
-    if recipe.mixed_precision and model.dtype_policy.name != "mixed_bfloat16":
-        raise ValueError(
-            f"Recipe.mixed_precision is True, but the model computes in {model.dtype_policy.compute_dtype}; "
-            'load it with dtype="mixed_bfloat16"'
-        )
-    if mixed and not recipe.mixed_precision:
-        raise ValueError(f"the model is {model.dtype_policy.name}, but Recipe.mixed_precision is False")
-    if recipe.distillation and not hasattr(model, "set_distilled_training"):
-        raise ValueError(f"Recipe.distillation is True; {type(model).__name__} has no second head to train by it")
 
 
 def _seed_layers(model, seed: int, epoch: int) -> None:

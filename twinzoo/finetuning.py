@@ -155,6 +155,7 @@ def fine_tune_folder(
     if not restart:
         _check_free(output, described)
     model, processor = _make_model(run, training.class_names)
+    import_half(run.framework)[1].check_recipe(model, run.recipe)
     teacher = _make_teacher(run, training.class_names, processor)
     num_labels = len(training.class_names)
     batches = TrainingBatches(training, run.recipe, num_labels, processor, teacher)

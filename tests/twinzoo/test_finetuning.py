@@ -177,6 +177,23 @@ def test_trouble_with_the_images_is_one_clear_line(digit_folder, tmp_path, capsy
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"freeze": "stage9"}, "upto is 'stage9'; the stages are stem, stage1"),
+        ({"set": "depth=[1,1]"}, "has no field 'depth'; did you mean 'depths'?"),
+        ({"set": "depths=[1,1"}, "--set depths=[1,1: give FIELD=VALUE"),
+        ({"epochs": 0}, "Recipe.epochs is 0; allowed is a whole number from 1"),
+        ({"batch_size": 6, "accumulation_steps": 4}, "must divide batch_size, 6"),
+    ],
+)
+def test_options_that_cannot_be_leave_nothing(options, reason, digit_folder, tmp_path, capsys):
+    assert main(command(digit_folder, tmp_path / "out", "nat-mini", **options)) == 1
+    errors = capsys.readouterr().err
+    assert reason in errors and errors.startswith("twinzoo: error: ") and errors.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_another_run_in_the_same_place_is_refused(digit_folder, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(command(digit_folder, out, epochs=1, warmup_epochs=0)) == 0
