@@ -79,7 +79,20 @@ def test_a_loss_given_to_compile_rules_over_the_own(config, digits):
     assert model.evaluate(images, labels, verbose=0) == pytest.approx(7.0)
 
 
-@pytest.mark.parametrize("dtype", ["mixed_float16", "mixed_bfloat16", "float64"])
+FAMILIES = ["nat", "dinat", "swiftformer", "vit_msn"]
+PRECISIONS = ["mixed_float16", "mixed_bfloat16", "float64"]
+QUICK_PRECISIONS = [
+    *(("nat", "mixed_float16"), ("dinat", "float64")),
+    *(("swiftformer", "mixed_bfloat16"), ("vit_msn", "mixed_float16")),
+]
+SLOW_PRECISIONS = [kind for kind in itertools.product(FAMILIES, PRECISIONS) if kind not in QUICK_PRECISIONS]
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [*QUICK_PRECISIONS, *(pytest.param(*kind, marks=pytest.mark.slow) for kind in SLOW_PRECISIONS)],
+    indirect=["config"],
+)
 def test_other_precisions_learn(config, digits, dtype):
     model = make(config, dtype=dtype)
     model.compile(keras.optimizers.AdamW(2e-3))
