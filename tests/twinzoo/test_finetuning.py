@@ -1,5 +1,6 @@
 """`twinzoo finetune`: from a folder of images to a checkpoint, also when it is killed, and what it says of trouble."""
 
+import contextlib
 import json
 import os
 import random
@@ -109,24 +110,33 @@ def run(arguments, **options):
     )
 
 
+def wait_for(process, path, since):
+    """Waits until a file is newer than `since`, or the process has ended; returns the file's time."""
+    while process.poll() is None and not (path.exists() and path.stat().st_mtime > since):
+        time.sleep(0.005)
+    return path.stat().st_mtime if path.exists() else since
+
+
 def killed_until_done(arguments, output, kills, seconds):
-    """Kills the run at random moments, looking at what it left each time, then lets it end; returns the states."""
-    draws, states = random.Random(0), []
+    """Kills the run at random moments after training has begun, looking at what it left each time, then lets it end.
+
+    Returns the finished epochs after each kill, and the outcome.
+    """
+    draws, epochs = random.Random(0), []
     path = output / "training" / "state.safetensors"
     for _ in range(kills):
+        began = time.time()
         process = run(arguments)
-        began = time.monotonic()
-        limit = draws.uniform(*seconds)
-        while process.poll() is None and time.monotonic() - began < limit:
-            time.sleep(0.01)
+        wait_for(process, output / "training" / "run.json", began)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(draws.uniform(*seconds))
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        if path.exists():
-            states.append(TrainingState.load(path).epoch)  # never half a file
+        epochs.append(TrainingState.load(path).epoch if path.exists() else 0)  # never half a file
     process = run(arguments)
     out, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    return states, json.loads(out)
+    return epochs, json.loads(out)
 
 
 @pytest.mark.slow
@@ -134,11 +144,14 @@ def killed_until_done(arguments, output, kills, seconds):
 def test_a_run_that_is_killed_ten_times_ends_like_one_that_is_not(framework, digit_folder, tmp_path):
     options = {"epochs": 40, "framework": framework, "json": True, "ema": 0.9, "mixup": 0.2}
     process = run(command(digit_folder, tmp_path / "whole", "vit-msn-small", **options))
+    begun = wait_for(process, tmp_path / "whole" / "training" / "run.json", 0)
+    state = tmp_path / "whole" / "training" / "state.safetensors"
+    first = wait_for(process, state, 0) - begun
     whole = json.loads(process.communicate(timeout=300)[0])
+    moments = (0.5 * first, first + 0.3 * (state.stat().st_mtime - begun - first))
     arguments = command(digit_folder, tmp_path / "killed", "vit-msn-small", **options)
-    longest = {"torch": 6.0, "tf": 12.0}[framework]
-    states, killed = killed_until_done(arguments, tmp_path / "killed", 10, (2.0, longest))
-    assert states == sorted(states) and any(0 < epoch < 40 for epoch in states), states
+    epochs, killed = killed_until_done(arguments, tmp_path / "killed", 10, moments)
+    assert epochs == sorted(epochs) and any(0 < epoch < 40 for epoch in epochs), epochs
     for name, values in whole["history"].items():
         np.testing.assert_allclose(killed["history"][name], values, rtol=1e-4, err_msg=name)
     assert killed["confusion"] == whole["confusion"]
