@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 DONE, FAILED = 0, 1
@@ -205,12 +205,16 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             skip_broken=arguments.skip_broken,
             on_step=on_step,
         )
+    _print_found(found, arguments.json, _print_evaluation)
+    return DONE
+
+
+def _print_found(found: Any, as_json: bool, show: Callable[[Any], None]) -> None:
     _print_notes(found.notes)
-    if arguments.json:
+    if as_json:
         print(json.dumps(found.to_dict(), indent=2))
     else:
-        _print_evaluation(found)
-    return DONE
+        show(found)
 
 
 def _print_evaluation(found: Any) -> None:
@@ -259,11 +263,7 @@ def _probe(arguments: argparse.Namespace) -> int:
             skip_broken=arguments.skip_broken,
             on_step=on_step,
         )
-    _print_notes(found.notes)
-    if arguments.json:
-        print(json.dumps(found.to_dict(), indent=2))
-    else:
-        _print_probe(found)
+    _print_found(found, arguments.json, _print_probe)
     return DONE
 
 
