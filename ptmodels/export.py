@@ -1,26 +1,36 @@
-"""Taking a model away: a program that runs where there is only torch, and ONNX. Twin: `tfmodels/export.py`."""
+"""Taking a model away: a program that runs where there is only torch, and ONNX.
 
-import contextlib
-import inspect
-import logging
+What is written is compared with the live model, in a fresh process, before it takes its name. Twin:
+`tfmodels/export.py`.
+"""
+
 import os
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
 
+from modelspec.agreement import BOUNDS, EXPORT_BOUND
 from modelspec.atomic_file import atomic_file
-from modelspec.configs import ModelConfig
-from modelspec.exports import INPUT, OUTPUT, check_exportable, check_image_size, write_onnx
-from neighborhood.choice import prefer
-from ptmodels.composed_attention import sharing_tiles
+from modelspec.exports import ExportReport, add_metadata, check_exportable, check_image_size
+from modelspec.exports.verification import Arrays, compare_with_live, metadata_of, pixel_cases
+from modelspec.images import ImageProcessor
+from ptmodels.artefacts import interpolates, save_program, smallest_image, write_onnx_file, write_program
+from ptmodels.folding import fold_batch_norm as folded
 from ptmodels.pretrained import PreTrainedModel
 
 
 def export_program(
-    model: PreTrainedModel, path: str | os.PathLike, *, image_size: int | Sequence[int] | None = None
-) -> None:
+    model: PreTrainedModel,
+    path: str | os.PathLike,
+    *,
+    image_size: int | Sequence[int] | None = None,
+    image_processor: ImageProcessor | None = None,
+    fold_batch_norm: bool = False,
+    verbose: bool = True,
+) -> ExportReport:
     """Writes `model`, in evaluation mode, as a `torch.export` program, which needs torch alone.
 
     It takes `pixel_values`, preprocessed images (B, C, H, W) of the model's floating dtype, and returns `logits`
@@ -34,24 +44,44 @@ def export_program(
     (`smallest_image`) and refuses smaller ones; those of NAT and DiNAT take some minutes to export and to load, and one
     for a single size seconds. Loading unpickles: load no file of strangers.
 
+    The file is written under another name, loaded in a fresh process, compared with `model` on photographs, and then
+    takes its name; so a failed export leaves nothing, or the old file. `read_metadata` of `modelspec.exports` tells the
+    differences that were found.
+
     Args:
         model: a model with a classification head.
         path: the file, usually `*.pt2`; it is replaced when the new one is whole.
         image_size: pixels, a number or (height, width), if the program is to be for one size only.
+        image_processor: the model's, which the metadata tell, and which prepares the photographs for the comparison.
+        fold_batch_norm: merge batch normalizations into the convolutions beside them (SwiftFormer).
+        verbose: print the largest difference.
+
+    Returns:
+        How far the program is from the live model.
 
     Raises:
+        ExportError: it is further than its bound: 2e-5 of the rms in float32.
         ValueError: the model has no classification head, or a bad argument.
     """
     check_exportable(model, path)
-    program = _program(model, check_image_size(image_size))
-    with atomic_file(path) as temporary, _quiet(), open(temporary, "wb") as file:
-        torch.export.save(program, file)
+    size = check_image_size(image_size)
+    with atomic_file(path) as temporary:
+        program = write_program(folded(model) if fold_batch_norm else model, temporary, size)
+        report = _compare("program", path, model, size, image_processor, temporary)
+        save_program(program, temporary, _metadata(report, model, image_processor))
+    return _told(report, verbose)
 
 
 def export_onnx(
-    model: PreTrainedModel, path: str | os.PathLike, *, image_size: int | Sequence[int] | None = None
-) -> None:
-    """Writes `model`, in evaluation mode, as ONNX, input and output as of `export_program`.
+    model: PreTrainedModel,
+    path: str | os.PathLike,
+    *,
+    image_size: int | Sequence[int] | None = None,
+    image_processor: ImageProcessor | None = None,
+    fold_batch_norm: bool = False,
+    verbose: bool = True,
+) -> ExportReport:
+    """Writes `model`, in evaluation mode, as ONNX, input and output as of `export_program`; compared as there.
 
         session = onnxruntime.InferenceSession(path)
         (logits,) = session.run(["logits"], {"pixel_values": images})
@@ -62,73 +92,64 @@ def export_onnx(
         model: a model with a classification head, in float32.
         path: the file, usually `*.onnx`; it is replaced when the new one is whole.
         image_size: pixels, a number or (height, width), if it is to be for one size only; see `export_program`.
+        image_processor: the model's, which the metadata tell, and which prepares the photographs for the comparison.
+        fold_batch_norm: merge batch normalizations into the convolutions beside them (SwiftFormer).
+        verbose: print the largest difference.
+
+    Returns:
+        How far the file is from the live model.
 
     Raises:
+        ExportError: it is further than its bound, 2e-5 of the rms.
         ValueError: the model has no classification head, or a bad argument.
-        ImportError: onnx or onnxscript is not installed.
+        ImportError: onnx, onnxruntime or onnxscript is not installed.
     """
-    check_exportable(model, path, "onnx", "onnxscript", dtypes=("float32",))
-    image_size = check_image_size(image_size)
-    program = _program(model, image_size)
-    with _quiet():
-        exported = torch.onnx.export(program, input_names=[INPUT], output_names=[OUTPUT], dynamo=True, verbose=False)
-    sizes = image_size or ("height", "width")
-    write_onnx(path, exported.model_proto, ("batch", model.config.num_channels, *sizes), model.config.num_labels)
+    check_exportable(model, path, "onnx", "onnxruntime", "onnxscript", dtypes=("float32",))
+    size = check_image_size(image_size)
+    with atomic_file(path) as temporary:
+        write_onnx_file(folded(model) if fold_batch_norm else model, temporary, size)
+        report = _compare("onnx", path, model, size, image_processor, temporary)
+        add_metadata(temporary, "onnx", _metadata(report, model, image_processor))
+    return _told(report, verbose)
 
 
-def smallest_image(config: ModelConfig) -> int:
-    """Returns the fewest pixels along an axis of an image that an export for any size takes."""
-    reduction = config.feature_info[-1]["reduction"]
-    return 2 * reduction if config.model_type == "vit_msn" else reduction + 1
+def _compare(
+    kind: str,
+    path: str | os.PathLike,
+    model: PreTrainedModel,
+    size: tuple[int, int] | None,
+    image_processor: ImageProcessor | None,
+    artefact: Path,
+) -> ExportReport:
+    cases = pixel_cases(
+        model.config, image_processor, size, any_size=size is None, smallest=smallest_image(model.config)
+    )
+    expected = {case: _live(model, pixels) for case, pixels in cases.items()}
+    bound = EXPORT_BOUND if model.dtype == torch.float32 else BOUNDS[str(model.dtype).removeprefix("torch.")]
+    return compare_with_live(kind, path, "torch", cases, expected, bound, artefact=artefact)
 
 
-class _Logits(nn.Module):
-    """The model with one argument and one result."""
-
-    def __init__(self, model: PreTrainedModel, options: dict[str, bool]):
-        super().__init__()
-        self.model = model
-        self.options = options
-
-    def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        output = self.model(pixel_values, output_hidden_states=False, return_dict=True, **self.options)
-        return {OUTPUT: output.logits}
-
-
-def _program(model: PreTrainedModel, image_size: tuple[int, int] | None) -> torch.export.ExportedProgram:
-    config, options = model.config, {}
-    if _interpolates(model) and image_size != (config.image_size, config.image_size):
-        options["interpolate_pos_encoding"] = True
-    open_axes = (0,) if image_size else (0, 2, 3)
-    # sizes that differ from each other and from 1: what they had in common would be fixed
-    height, width = image_size or (3 * smallest_image(config), 4 * smallest_image(config) + 5)
-    images = torch.zeros(2, config.num_channels, height, width, dtype=model.dtype, device=model.device)
-    shapes = {INPUT: {axis: torch.export.Dim.DYNAMIC for axis in open_axes}}
+def _live(model: PreTrainedModel, pixels: np.ndarray) -> np.ndarray:
+    """Returns what the live model gives in evaluation mode for (B, C, H, W) images."""
+    other = pixels.shape[2:] != (getattr(model.config, "image_size", None),) * 2
+    options = {"interpolate_pos_encoding": True} if interpolates(model) and other else {}
     training = model.training
     model.eval()
     try:
-        with prefer("composed"), sharing_tiles(), torch.no_grad(), _quiet():
-            program = torch.export.export(_Logits(model, options), (), {INPUT: images}, dynamic_shapes=shapes)
+        with torch.no_grad():
+            images = torch.from_numpy(pixels).to(model.device, model.dtype)
+            logits = model(images, output_hidden_states=False, return_dict=True, **options).logits
     finally:
         model.train(training)
-    for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # where in which file of this machine it comes from
-    return program
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).cpu().numpy()
 
 
-def _interpolates(model: PreTrainedModel) -> bool:
-    return "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+def _metadata(report: ExportReport, model: PreTrainedModel, image_processor: ImageProcessor | None) -> dict[str, Any]:
+    preprocessing = None if image_processor is None else image_processor.to_dict()
+    return metadata_of(report, model.config, data_format="channels_first", preprocessing=preprocessing)
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Within the context, the exporters' remarks on themselves are dropped; what fails raises."""
-    logger = logging.getLogger("torch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+def _told(report: ExportReport, verbose: bool) -> ExportReport:
+    if verbose:
+        print(report)
+    return report

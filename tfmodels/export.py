@@ -1,64 +1,121 @@
 """Taking a model away: a SavedModel that runs where there is only TensorFlow, ONNX and LiteRT.
 
-Twin: `ptmodels/export.py`.
+What is written is compared with the live model, in a fresh process, before it takes its name. Twin:
+`ptmodels/export.py`.
 """
 
-import contextlib
-import logging
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import keras
-import tensorflow as tf
+import numpy as np
 
+from modelspec.agreement import BOUNDS, EXPORT_BOUND, QUANTIZED_BOUNDS, SAVED_MODEL_BOUND
 from modelspec.atomic_file import atomic_file
-from modelspec.exports import INPUT, OUTPUT, check_exportable, check_image_size, require_logits, write_onnx
-from neighborhood.choice import prefer
+from modelspec.exports import ExportReport, add_metadata, check_exportable, check_image_size, require_logits
+from modelspec.exports.photographs import photographs_as_pixels, read_photographs
+from modelspec.exports.verification import Arrays, compare_with_live, metadata_of, pixel_cases
+from modelspec.feature_kinds import feature_kinds
+from modelspec.images import ImageProcessor
+from neighborhood import native as kernels
+from tfmodels.artefacts import write_litert, write_onnx_file, write_saved_model
+from tfmodels.features import compute_features
+from tfmodels.folding import fold_batch_norm as folded
 from tfmodels.pretrained import TFPreTrainedModel
 
-_OPSET = 18  # the newest that tf2onnx writes
 
+def export_saved_model(
+    model: TFPreTrainedModel,
+    directory: str | os.PathLike,
+    *,
+    image_processor: ImageProcessor | None = None,
+    top_k: int | None = None,
+    fold_batch_norm: bool = False,
+    native: bool = False,
+    verbose: bool = True,
+) -> ExportReport:
+    """Writes `model` as a SavedModel with the signatures `serving_default`, `features` and `serving_bytes`.
 
-def export_saved_model(model: TFPreTrainedModel, directory: str | os.PathLike) -> None:
-    """Writes `model` as a SavedModel with the signature `serving_default`.
+    `serving_default` takes `pixel_values`, preprocessed images of any batch and size, (B, C, H, W) or (B, H, W, C) as
+    the model's `data_format` says, float32 (float64 for a float64 model), and returns `logits` (B, num_labels) of the
+    same dtype; `features` takes the same and returns `features` (B, C), the first of
+    `modelspec.feature_kinds.feature_kinds`. ViT-MSN interpolates its positions to the size of the images.
 
-    The signature takes `pixel_values`, preprocessed images of any batch and size, (B, C, H, W) or (B, H, W, C) as the
-    model's `data_format` says, float32 (float64 for a float64 model), and returns `logits` (B, num_labels) of the same
-    dtype. ViT-MSN interpolates its positions to the size of the images. It needs TensorFlow alone:
+    `serving_bytes` takes `image_bytes` (B,), the bytes of JPEG, PNG, GIF or BMP files of any sizes, decodes and
+    preprocesses them as `image_processor` does, and returns `labels` and `scores` (B, top_k), the most probable first,
+    and `logits` (B, num_labels). All need TensorFlow alone:
 
         served = tf.saved_model.load(directory)
         logits = served.signatures["serving_default"](pixel_values=images)["logits"]
+        labels = served.signatures["serving_bytes"](image_bytes=[open("photo.jpg", "rb").read()])["labels"]
 
-    The folder is written beside `directory` and then takes its name, so a failed export leaves nothing, or the old one.
+    The folder is written beside `directory`, loaded in a fresh process, compared with `model` on photographs, and then
+    takes its name; so a failed export leaves nothing, or the old one. `read_metadata` of `modelspec.exports` tells the
+    differences that were found.
 
     Args:
         model: a model with a classification head.
         directory: a new or empty folder, or an earlier SavedModel, which is replaced.
+        image_processor: of `serving_bytes`; without it, that signature is left out.
+        top_k: labels that `serving_bytes` gives for each image; five by default, or all if there are fewer.
+        fold_batch_norm: merge batch normalizations into the convolutions beside them (SwiftFormer).
+        native: keep the native neighborhood attention (NAT, DiNAT), which is faster and needs this package:
+            `tfmodels.ops.load()` before the SavedModel is loaded.
+        verbose: print the largest difference.
+
+    Returns:
+        How far the SavedModel is from the live model.
 
     Raises:
-        ValueError: the model has no classification head, or `directory` holds something else than a SavedModel.
+        ExportError: it is further than its bound: 1e-5 of the rms in float32.
+        ValueError: the model has no classification head, `directory` holds something else than a SavedModel, or a bad
+            argument.
+        neighborhood.native.NativeUnavailableError: `native`, and the kernels cannot be loaded.
     """
     directory = Path(directory)
     require_logits(model)
     if directory.exists() and not _replaceable(directory):
         raise ValueError(f"{directory} holds files that are no SavedModel; give a new or empty folder")
     directory.parent.mkdir(parents=True, exist_ok=True)
+    inputs = {
+        f"{signature} {case}": pixels
+        for signature in ("serving_default", "features")
+        for case, pixels in pixel_cases(model.config, image_processor, None, any_size=True).items()
+    }
+    expected = {case: _live(model, pixels, case.split()[0]) for case, pixels in inputs.items()}
+    inputs = {case: _laid_out(model, pixels) for case, pixels in inputs.items()}
+    if image_processor is not None:
+        inputs["serving_bytes photographs"] = np.array(read_photographs())
+        expected["serving_bytes photographs"] = _live(model, photographs_as_pixels(model.config, image_processor))
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as temporary:
         written = Path(temporary) / "written"
-        servable = _servable(model, (None, None, None))
-        with prefer("composed"):  # native operations would need their library
-            tf.saved_model.save(servable, str(written), signatures={"serving_default": servable.serve})
+        exported = folded(model) if fold_batch_norm else model
+        write_saved_model(exported, written, image_processor=image_processor, top_k=top_k, native=native)
+        library = kernels.TENSORFLOW_LIBRARY if native else None
+        bound = _bound(model, SAVED_MODEL_BOUND)
+        report = compare_with_live(
+            "saved_model", directory, "keras", inputs, expected, bound, artefact=written, library=library
+        )
+        add_metadata(written, "saved_model", _metadata(report, model, image_processor, native=native))
         if directory.exists():
             directory.rename(Path(temporary) / "old")
         written.rename(directory)
+    return _told(report, verbose)
 
 
 def export_onnx(
-    model: TFPreTrainedModel, path: str | os.PathLike, *, image_size: int | Sequence[int] | None = None
-) -> None:
-    """Writes `model` as ONNX, input and output as of `export_saved_model`.
+    model: TFPreTrainedModel,
+    path: str | os.PathLike,
+    *,
+    image_size: int | Sequence[int] | None = None,
+    image_processor: ImageProcessor | None = None,
+    fold_batch_norm: bool = False,
+    verbose: bool = True,
+) -> ExportReport:
+    """Writes `model` as ONNX, input and output as of the SavedModel's `serving_default`; compared as there.
 
         session = onnxruntime.InferenceSession(path)
         (logits,) = session.run(["logits"], {"pixel_values": images})
@@ -69,20 +126,40 @@ def export_onnx(
         model: a model with a classification head, in float32.
         path: the file, usually `*.onnx`; it is replaced when the new one is whole.
         image_size: pixels, a number or (height, width), if it is to be for one size only.
+        image_processor: the model's, which the metadata tell, and which prepares the photographs for the comparison.
+        fold_batch_norm: merge batch normalizations into the convolutions beside them (SwiftFormer).
+        verbose: print the largest difference.
+
+    Returns:
+        How far the file is from the live model.
 
     Raises:
+        ExportError: it is further than its bound, 2e-5 of the rms.
         ValueError: the model has no classification head or holds what ONNX does not define, or a bad argument.
-        ImportError: onnx or tf2onnx is not installed.
+        ImportError: onnx, onnxruntime or tf2onnx is not installed.
     """
-    check_exportable(model, path, "onnx", "tf2onnx", dtypes=("float32",))
-    height, width = check_image_size(image_size) or (None, None)
-    servable = _servable(model, (None, height, width))
-    shape = _shape(model, ("batch", height or "height", width or "width"))
-    write_onnx(path, _to_onnx(servable.serve), shape, model.config.num_labels)
+    check_exportable(model, path, "onnx", "onnxruntime", "tf2onnx", dtypes=("float32",))
+    size = check_image_size(image_size)
+    with atomic_file(path) as temporary:
+        write_onnx_file(folded(model) if fold_batch_norm else model, temporary, size)
+        cases = pixel_cases(model.config, image_processor, size, any_size=size is None)
+        report = _compare("onnx", path, model, cases, EXPORT_BOUND, temporary)
+        add_metadata(temporary, "onnx", _metadata(report, model, image_processor))
+    return _told(report, verbose)
 
 
-def export_litert(model: TFPreTrainedModel, path: str | os.PathLike, *, image_size: int | Sequence[int]) -> None:
-    """Writes `model` for LiteRT, in float32: one image of one size at a time, input and output as of the SavedModel.
+def export_litert(
+    model: TFPreTrainedModel,
+    path: str | os.PathLike,
+    *,
+    image_size: int | Sequence[int] | None = None,
+    image_processor: ImageProcessor | None = None,
+    quantization: str | None = None,
+    calibration_images: Iterable[Any] | None = None,
+    fold_batch_norm: bool = False,
+    verbose: bool = True,
+) -> ExportReport:
+    """Writes `model` for LiteRT: one image of one size at a time, float32 in and out, as the SavedModel; compared so.
 
         runner = ai_edge_litert.interpreter.Interpreter(path).get_signature_runner("serving_default")
         logits = runner(pixel_values=image)["logits"]
@@ -90,68 +167,103 @@ def export_litert(model: TFPreTrainedModel, path: str | os.PathLike, *, image_si
     Args:
         model: a model with a classification head, in float32.
         path: the file, usually `*.tflite`; it is replaced when the new one is whole.
-        image_size: pixels, a number or (height, width).
+        image_size: pixels, a number or (height, width); that of `image_processor` by default.
+        image_processor: the model's, which the metadata tell, and which prepares the photographs for the comparison and
+            the calibration.
+        quantization: None for float32, `"float16"` for weights of half the size, `"int8"` for weights and activations
+            of 8 bits.
+        calibration_images: for `"int8"`, some hundred images as the model will see them: files, arrays, or what else
+            `image_processor` takes.
+        fold_batch_norm: merge batch normalizations into the convolutions beside them (SwiftFormer).
+        verbose: print the largest difference.
+
+    Returns:
+        How far the file is from the live model.
 
     Raises:
+        ExportError: it is further than its bound, as a part of the rms: 2e-5, of float16 3e-2, of int8 5e-1.
         ValueError: the model has no classification head, or a bad argument.
+        ImportError: ai-edge-litert is not installed.
     """
-    check_exportable(model, path, dtypes=("float32",))
+    check_exportable(model, path, "ai_edge_litert", dtypes=("float32",))
+    if quantization not in (None, *QUANTIZED_BOUNDS):
+        raise ValueError(f"quantization is {quantization!r}; allowed are None, {', '.join(QUANTIZED_BOUNDS)}")
+    if image_size is None and image_processor is not None and image_processor.do_resize:
+        image_size = (image_processor.size["height"], image_processor.size["width"])
     if image_size is None:
         raise ValueError("image_size is None; LiteRT needs one size, as a number or as (height, width)")
-    servable = _servable(model, (1, *check_image_size(image_size)))
-    with prefer("composed"), atomic_file(path) as temporary:
-        function = servable.serve.get_concrete_function()
-        converter = tf.lite.TFLiteConverter.from_concrete_functions([function], servable)
-        temporary.write_bytes(converter.convert())
+    size = check_image_size(image_size)
+    calibration = _calibration(model, quantization, calibration_images, image_processor, size)
+    with atomic_file(path) as temporary:
+        exported = folded(model) if fold_batch_norm else model
+        write_litert(exported, temporary, size, quantization=quantization, calibration=calibration)
+        cases = pixel_cases(model.config, image_processor, size, any_size=False)
+        bound = QUANTIZED_BOUNDS.get(quantization, EXPORT_BOUND)
+        report = _compare("litert", path, model, cases, bound, temporary)
+        add_metadata(temporary, "litert", _metadata(report, model, image_processor, quantization=quantization))
+    return _told(report, verbose)
 
 
 def _replaceable(directory: Path) -> bool:
     return directory.is_dir() and ((directory / "saved_model.pb").is_file() or not any(directory.iterdir()))
 
 
-def _servable(model: TFPreTrainedModel, sizes: tuple[int | None, int | None, int | None]) -> tf.Module:
-    """Returns a module whose `serve` takes images of these sizes, batch, height and width; None is any."""
-    dtype = "float64" if model.variable_dtype == "float64" else "float32"
-    own_size = model.takes_any_size or sizes[1:] == (model.config.image_size, model.config.image_size)
+def _calibration(
+    model: TFPreTrainedModel,
+    quantization: str | None,
+    images: Iterable[Any] | None,
+    image_processor: ImageProcessor | None,
+    size: tuple[int, int],
+) -> np.ndarray | None:
+    if (quantization == "int8") != (images is not None):
+        raise ValueError(f"quantization={quantization!r} with calibration_images={images!r}; int8 needs them, and only it")
+    if images is None:
+        return None
+    if image_processor is None:
+        raise ValueError("image_processor is None; calibration_images need one")
+    pixels = image_processor(list(images), size=size, do_resize=True, data_format="channels_first").pixel_values
+    return _laid_out(model, pixels)
+
+
+def _live(model: TFPreTrainedModel, pixels: np.ndarray, signature: str = "serving_default") -> np.ndarray:
+    """Returns what the live model gives for (B, C, H, W) images, outside of any graph."""
+    config = model.config
+    own_size = model.takes_any_size or pixels.shape[2:] == (config.image_size, config.image_size)
     options = {} if own_size else {"interpolate_pos_encoding": True}
-
-    @tf.function(input_signature=[tf.TensorSpec(_shape(model, sizes), dtype, name=INPUT)])
-    def serve(pixel_values):
-        outputs = model(pixel_values, output_hidden_states=False, return_dict=True, training=False, **options)
-        return {OUTPUT: keras.ops.cast(outputs["logits"], dtype)}
-
-    module = tf.Module()
-    module.weights = [weight.value for weight in model.weights]
-    module.serve = serve
-    return module
+    images = _laid_out(model, pixels)
+    if signature == "features":
+        found = compute_features(model, images, feature_kinds(config)[0], **options)
+    else:
+        found = model(images, output_hidden_states=False, return_dict=True, training=False, **options)["logits"]
+    return keras.ops.convert_to_numpy(found if found.dtype == "float64" else keras.ops.cast(found, "float32"))
 
 
-def _shape(model: TFPreTrainedModel, sizes: tuple) -> tuple:
-    batch, height, width = sizes
-    channels = model.config.num_channels
-    return (batch, channels, height, width) if model.data_format == "channels_first" else (*sizes, channels)
+def _laid_out(model: TFPreTrainedModel, pixels: np.ndarray) -> np.ndarray:
+    """Turns (B, C, H, W) images into what the model takes."""
+    pixels = pixels.astype("float64" if model.variable_dtype == "float64" else "float32", copy=False)
+    return pixels if model.data_format == "channels_first" else np.ascontiguousarray(np.moveaxis(pixels, 1, -1))
 
 
-def _to_onnx(serve: tf.types.experimental.PolymorphicFunction):
-    """Returns an `onnx.ModelProto`. Of operations that it does not know, tf2onnx says nothing: check it."""
-    import tf2onnx
-
-    with _tf2onnx_set_up(), prefer("composed"):
-        return tf2onnx.convert.from_function(serve, serve.input_signature, opset=_OPSET)[0]
+def _bound(model: TFPreTrainedModel, float32_bound: float) -> float:
+    return float32_bound if model.compute_dtype == "float32" else BOUNDS[model.compute_dtype]
 
 
-@contextlib.contextmanager
-def _tf2onnx_set_up() -> Iterator[None]:
-    """Within the context, tf2onnx is silent and does not copy the graph, weights and all, before each optimization."""
-    logger, variable = logging.getLogger("tf2onnx"), "TF2ONNX_CATCH_ERRORS"
-    level, value = logger.level, os.environ.get(variable)
-    logger.setLevel(logging.CRITICAL)
-    os.environ[variable] = "FALSE"  # it copied to be able to pass over optimizations that fail
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        if value is None:
-            del os.environ[variable]
-        else:
-            os.environ[variable] = value
+def _compare(
+    kind: str, path: str | os.PathLike, model: TFPreTrainedModel, cases: Arrays, bound: float, artefact: Path
+) -> ExportReport:
+    expected = {case: _live(model, pixels) for case, pixels in cases.items()}
+    inputs = {case: _laid_out(model, pixels) for case, pixels in cases.items()}
+    return compare_with_live(kind, path, "keras", inputs, expected, bound, artefact=artefact)
+
+
+def _metadata(
+    report: ExportReport, model: TFPreTrainedModel, image_processor: ImageProcessor | None, **more: Any
+) -> dict[str, Any]:
+    preprocessing = None if image_processor is None else image_processor.to_dict()
+    return metadata_of(report, model.config, data_format=model.data_format, preprocessing=preprocessing, **more)
+
+
+def _told(report: ExportReport, verbose: bool) -> ExportReport:
+    if verbose:
+        print(report)
+    return report

@@ -24,20 +24,38 @@ def extract_features(model: TFPreTrainedModel, pixel_values, kind: str | None = 
     Raises:
         ValueError: the family has no such kind, or the model is a backbone, which gives maps.
     """
-    kind = chosen_kind(model.config, kind)
-    if kind == CLS_BEFORE_NORM:
-        body = model.get_body()
-        # the body of a classifier takes channels-last images, whatever the classifier takes
-        images = pixel_values if body is model else model.images_to_channels_last(pixel_values)
-        outputs = body(images, output_hidden_states=True, return_dict=True, training=False)
-        features = outputs.hidden_states[-1][:, 0]
-    else:
-        features = _pooled(model, pixel_values)
+    features = compute_features(model, pixel_values, chosen_kind(model.config, kind))
     return ops.convert_to_numpy(features if features.dtype == "float64" else ops.cast(features, "float32"))
 
 
-def _pooled(model: TFPreTrainedModel, images):
-    features = model.forward_features(images, training=False)
+def compute_features(model: TFPreTrainedModel, pixel_values, kind: str, **options):
+    """Returns one vector for each image as a tensor, also inside a graph; `options` are those of the model's call."""
+    if kind == CLS_BEFORE_NORM:
+        return _class_token(_body_outputs(model, pixel_values, **options))
+    return _pooled(model, model.forward_features(pixel_values, training=False, **options))
+
+
+def compute_logits_and_features(model: TFPreTrainedModel, pixel_values, kind: str, **options):
+    """Returns what `compute_features` does, and a classifier's logits (B, num_labels) before it, in one pass."""
+    if kind == CLS_BEFORE_NORM:
+        outputs = _body_outputs(model, pixel_values, **options)
+        return model.forward_head(outputs.last_hidden_state), _class_token(outputs)
+    features = model.forward_features(pixel_values, training=False, **options)
+    return model.forward_head(features), _pooled(model, features)
+
+
+def _body_outputs(model: TFPreTrainedModel, pixel_values, **options):
+    body = model.get_body()
+    # the body of a classifier takes channels-last images, whatever the classifier takes
+    images = pixel_values if body is model else model.images_to_channels_last(pixel_values)
+    return body(images, output_hidden_states=True, return_dict=True, training=False, **options)
+
+
+def _class_token(outputs):
+    return outputs.hidden_states[-1][:, 0]
+
+
+def _pooled(model: TFPreTrainedModel, features):
     if isinstance(features, tuple):
         raise ValueError(f"{type(model).__name__} gives maps; use a bare model or a ForImageClassification model")
     if model.get_body() is not model:

@@ -1,4 +1,4 @@
-"""What exporting a model has in common in both halves: what may be exported, image sizes, packages, ONNX files."""
+"""What may be exported, to which sizes, and what that needs."""
 
 import importlib.util
 import operator
@@ -6,8 +6,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from modelspec.atomic_file import atomic_file
 
 INPUT, OUTPUT = "pixel_values", "logits"  # of every artefact
 
@@ -68,33 +66,3 @@ def check_image_size(image_size: int | Sequence[int] | None) -> tuple[int, int] 
     if min(sizes) < 1:
         raise ValueError(f"image_size is {image_size!r}; give pixels, as a number or as (height, width)")
     return sizes
-
-
-def write_onnx(path: str | os.PathLike, model: Any, input_shape: Sequence[int | str], num_outputs: int) -> None:
-    """Writes an ONNX model atomically, once it is known to hold only what ONNX defines.
-
-    Args:
-        path: the file.
-        model: an `onnx.ModelProto` with one input and one output, (batch, num_outputs). It is changed.
-        input_shape: sizes; those that are open have a name.
-        num_outputs: second size of the output.
-
-    Raises:
-        ValueError: an exporter passed over an operation that ONNX does not know.
-    """
-    import onnx
-
-    try:
-        onnx.checker.check_model(model)
-    except onnx.checker.ValidationError as error:
-        raise ValueError(f"the model holds what ONNX does not define: {str(error).splitlines()[0]}") from error
-    (given,), (returned,) = model.graph.input, model.graph.output
-    for value, shape in ((given, input_shape), (returned, (input_shape[0], num_outputs))):
-        for dimension, size in zip(value.type.tensor_type.shape.dim, shape, strict=True):
-            dimension.Clear()
-            setattr(dimension, "dim_param" if isinstance(size, str) else "dim_value", size)
-    del model.graph.value_info[:]  # which still has the exporter's names of the sizes
-    for node in model.graph.node:
-        del node.metadata_props[:]  # the exporter's remarks, more than a small model
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(model.SerializeToString())

@@ -2,8 +2,9 @@
 
 Not imported but run, as a file: `python -P run_artefact.py JOBS`, JOBS being a JSON list of jobs, done one after the
 other: `kind` (a key of RUNS), `name` (for messages), `artefact` (a path), `absent` (packages that are hidden and that
-must not be there afterwards), `inputs` (an npz of images by case) and `outputs` (an npz of logits by case, to write).
-What fails is the last line on standard output, and the exit status is 1.
+must not be there afterwards), `library` (of native operations, or null), `inputs` (an npz of images by case) and
+`outputs` (an npz of what came of them by case, to write). A case is called `SIGNATURE WORDS` or, of the only signature,
+anything without a space. What fails is the last line on standard output, and the exit status is 1.
 """
 
 import importlib.machinery
@@ -13,16 +14,25 @@ from collections.abc import Callable
 
 import numpy as np
 
-Run = Callable[[np.ndarray], np.ndarray]
+Run = Callable[[np.ndarray, str], np.ndarray]
+# signature of a SavedModel -> its input and what is compared of its outputs
+SIGNATURES = {
+    "serving_default": ("pixel_values", "logits"),
+    "serving_bytes": ("image_bytes", "logits"),
+    "features": ("pixel_values", "features"),
+}
 
 
 def saved_model(path: str) -> Run:
     import tensorflow as tf
 
     served = tf.saved_model.load(path)
-    signature = served.signatures["serving_default"]
-    # the signature alone would not keep the variables alive
-    return lambda images, served=served: signature(pixel_values=tf.constant(images))["logits"].numpy()
+
+    def run(images: np.ndarray, signature: str) -> np.ndarray:
+        given, returned = SIGNATURES[signature or "serving_default"]
+        return served.signatures[signature or "serving_default"](**{given: tf.constant(images)})[returned].numpy()
+
+    return run
 
 
 def keras_file(path: str) -> Run:
@@ -33,7 +43,7 @@ def keras_file(path: str) -> Run:
     model = keras.models.load_model(path, safe_mode=True)
     size = model.config.to_dict().get("image_size")
 
-    def run(images: np.ndarray) -> np.ndarray:
+    def run(images: np.ndarray, _: str) -> np.ndarray:
         other = not model.takes_any_size and images.shape[2:] != (size, size)
         options = {"interpolate_pos_encoding": True} if other else {}
         return np.asarray(model(images, training=False, **options)["logits"])
@@ -44,11 +54,14 @@ def keras_file(path: str) -> Run:
 def program(path: str) -> Run:
     import torch
 
-    module = torch.export.load(path).module()
+    loaded = torch.export.load(path)
+    module = loaded.module()
+    dtype = next(value.dtype for value in loaded.state_dict.values() if value.is_floating_point())
 
-    def run(images: np.ndarray) -> np.ndarray:
+    def run(images: np.ndarray, _: str) -> np.ndarray:
         with torch.no_grad():
-            return module(pixel_values=torch.from_numpy(images))["logits"].numpy()
+            logits = module(pixel_values=torch.from_numpy(images).to(dtype))["logits"]
+        return logits.to(torch.promote_types(dtype, torch.float32)).numpy()
 
     return run
 
@@ -57,14 +70,14 @@ def onnx(path: str) -> Run:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return lambda images: session.run(["logits"], {"pixel_values": images})[0]
+    return lambda images, _: session.run(["logits"], {"pixel_values": images})[0]
 
 
 def litert(path: str) -> Run:
     from ai_edge_litert.interpreter import Interpreter
 
     runner = Interpreter(path).get_signature_runner("serving_default")
-    return lambda images: np.concatenate([runner(pixel_values=image[None])["logits"] for image in images])
+    return lambda images, _: np.concatenate([runner(pixel_values=image[None])["logits"] for image in images])
 
 
 RUNS = {"saved_model": saved_model, "keras_file": keras_file, "program": program, "onnx": onnx, "litert": litert}
@@ -89,15 +102,19 @@ def do(job: dict) -> None:
     finders = sys.meta_path[:]
     sys.meta_path[:] = [Hiding(finder, absent) for finder in finders]
     try:
+        if job["library"] is not None:
+            import tensorflow as tf
+
+            tf.load_op_library(job["library"])
         run = RUNS[job["kind"]](job["artefact"])
         with np.load(job["inputs"]) as images:
-            logits = {case: run(images[case]) for case in images}
+            outputs = {case: run(images[case], case.rpartition(" ")[0]) for case in images}
     finally:
         sys.meta_path[:] = finders
     present = absent & {name.partition(".")[0] for name in sys.modules}
     if present:
         raise RuntimeError(f"it needed {', '.join(sorted(present))}")
-    np.savez(job["outputs"], **logits)
+    np.savez(job["outputs"], **outputs)
 
 
 def main(path: str) -> int:

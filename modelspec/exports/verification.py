@@ -1,0 +1,142 @@
+"""An export is compared with the live model, in a fresh process, before it is handed over."""
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modelspec.agreement import Agreement, compare, root_mean_square
+from modelspec.configs import ModelConfig
+from modelspec.exports.fresh_process import Arrays, outputs_of, run_jobs, write_job
+from modelspec.exports.photographs import photographs_as_pixels
+from modelspec.images import ImageProcessor
+
+
+class ExportError(ValueError):
+    """An artefact differs from the live model by more than its bound, or does not run. Nothing was written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportReport:
+    """How far an artefact is from the live model.
+
+    Attributes:
+        path: where it is.
+        kind: `"saved_model"`, `"onnx"`, `"litert"` or `"program"`.
+        half: `"keras"` or `"torch"`: of the live model.
+        differences: case (a signature, if there are several, and the images) -> largest difference, as a part of the
+            rms of what the live model gave.
+        bound: the largest that was allowed.
+    """
+
+    path: str
+    kind: str
+    half: str
+    differences: dict[str, float]
+    bound: float
+
+    @property
+    def largest(self) -> float:
+        """The largest difference."""
+        return max(self.differences.values())
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path}: {self.kind} of {self.half}, in a fresh process at most {self.largest:.1e} of the rms away "
+            f"from the live model (bound {self.bound:.0e})"
+        )
+
+
+def pixel_cases(
+    config: ModelConfig,
+    image_processor: ImageProcessor | None,
+    image_size: tuple[int, int] | None,
+    *,
+    any_size: bool,
+    smallest: int = 1,
+) -> Arrays:
+    """Returns the photographs as `pixel_values` (B, C, H, W) float32: all in one batch, and one of another size.
+
+    Args:
+        config: of the model.
+        image_processor: the model's, or that of a published variant of its family.
+        image_size: (height, width); that of the image processor by default.
+        any_size: whether the artefact takes another size, too.
+        smallest: side of the smallest image that it takes, in pixels.
+    """
+    pixels = photographs_as_pixels(config, image_processor, image_size)
+    cases = {_name(pixels): pixels}
+    if any_size:
+        height, width = (max(size, smallest) for size in (5 * pixels.shape[2] // 4 + 1, 3 * pixels.shape[3] // 4 + 1))
+        other = photographs_as_pixels(config, image_processor, (height, width))[:1]
+        cases[_name(other)] = other
+    return cases
+
+
+def _name(pixels: np.ndarray) -> str:
+    return "{}x{}x{}".format(len(pixels), *pixels.shape[2:])
+
+
+def compare_with_live(
+    kind: str,
+    path: str | os.PathLike,
+    half: str,
+    inputs: Arrays,
+    expected: Arrays,
+    bound: float,
+    *,
+    artefact: str | os.PathLike,
+    library: Path | None = None,
+) -> ExportReport:
+    """Runs an artefact in a fresh process and compares what it gives with what the live model gave.
+
+    Args:
+        kind: of the artefact.
+        path: what it will be called.
+        half: of the live model.
+        inputs: case -> images; see `modelspec.exports.run_artefact`.
+        expected: case -> what the live model gave.
+        bound: the largest difference that is allowed, as a part of the rms.
+        artefact: where it is now.
+        library: of native operations that it needs.
+
+    Raises:
+        ExportError: it differs by more, or does not run.
+    """
+    with tempfile.TemporaryDirectory(prefix="export-") as folder:
+        job = write_job(kind, Path(artefact), inputs, Path(folder), library=library)
+        try:
+            run_jobs({kind: [job]}, Path(folder))
+        except RuntimeError as error:
+            raise ExportError(f"the {kind} of {half} does not run, and nothing was written: {error}") from error
+        actual = outputs_of(job)
+    found = {case: compare(actual[case], expected[case], root_mean_square(expected[case]), bound) for case in inputs}
+    _refuse(kind, half, found)
+    return ExportReport(os.fspath(path), kind, half, {case: row.max_rel for case, row in found.items()}, bound)
+
+
+def _refuse(kind: str, half: str, found: Mapping[str, Agreement]) -> None:
+    failed = {case: row for case, row in found.items() if not row.passed}
+    if failed:
+        told = "; ".join(f"{case}: {row.reason or f'{row.max_rel:.1e} of the rms'}" for case, row in failed.items())
+        bound = next(iter(failed.values())).tolerance
+        raise ExportError(
+            f"the {kind} of {half} differs from the live model, and nothing was written: {told} (bound {bound:.0e})"
+        )
+
+
+def metadata_of(report: ExportReport, config: ModelConfig, **more: Any) -> dict[str, Any]:
+    """Returns what an artefact is told about itself; see `modelspec.exports.read_metadata`."""
+    return {
+        "format": report.kind,
+        "half": report.half,
+        "model_type": config.model_type,
+        "labels": [config.id2label[number] for number in sorted(config.id2label)],
+        "differences": report.differences,
+        "bound": report.bound,
+        **more,
+    }
