@@ -1,14 +1,9 @@
 """What users take away, against the live models: every exported artefact in a fresh process of its runtime alone."""
 
-import contextlib
 import copy
 import dataclasses
 import gc
 import importlib
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,14 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from modelspec.agreement import EXPORT_BOUND, Agreement, compare
+from modelspec.agreement import EXPORT_BOUND, Agreement, compare, root_mean_square
 from modelspec.configs import ModelConfig
 from modelspec.exports import missing_packages
-from parity import run_artefact
+from modelspec.exports.fresh_process import outputs_of, run_jobs, write_job
 from parity.halves import Arrays
 
-_OURS = ("modelspec", "neighborhood", "tfmodels", "ptmodels", "parity", "twinzoo")
-_RUNTIMES_LACK = (*_OURS, "torch", "tensorflow", "keras")
 _FEW_BLOCKS = 5
 
 
@@ -33,10 +26,9 @@ class Artefact:
 
     Attributes:
         half: `"keras"` or `"torch"`.
-        name: of the artefact; unless it is Keras' own file, `export_<name>` of the half writes it.
+        name: of the artefact, a key of `modelspec.exports.fresh_process.ABSENT`.
         suffix: of its file.
         process: artefacts with the same one run in the same fresh process.
-        absent: packages that running it must not need.
         needs: packages, besides the half's framework, without which it is left out.
         any_size: whether it takes images of any size: `"always"`, `"never"`, or `"short"`, that is, of NAT and DiNAT
             only where these have few blocks, since every block adds many seconds to such an export.
@@ -46,18 +38,17 @@ class Artefact:
     name: str
     suffix: str
     process: str
-    absent: tuple[str, ...]
     needs: tuple[str, ...] = ()
     any_size: str = "always"
 
 
 ARTEFACTS = (
-    Artefact("keras", "saved_model", "", "tensorflow", (*_OURS, "torch", "keras")),
-    Artefact("keras", "keras_file", ".keras", "tensorflow", ("ptmodels", "parity", "twinzoo", "torch")),
-    Artefact("keras", "onnx", ".onnx", "runtimes", _RUNTIMES_LACK, ("onnx", "tf2onnx", "onnxruntime"), "short"),
-    Artefact("keras", "litert", ".tflite", "runtimes", _RUNTIMES_LACK, ("ai_edge_litert",), "never"),
-    Artefact("torch", "program", ".pt2", "torch", (*_OURS, "tensorflow", "keras"), (), "short"),
-    Artefact("torch", "onnx", ".onnx", "runtimes", _RUNTIMES_LACK, ("onnx", "onnxscript", "onnxruntime"), "short"),
+    Artefact("keras", "saved_model", "", "tensorflow"),
+    Artefact("keras", "keras_file", ".keras", "tensorflow"),
+    Artefact("keras", "onnx", ".onnx", "runtimes", ("onnx", "tf2onnx", "onnxruntime"), "short"),
+    Artefact("keras", "litert", ".tflite", "runtimes", ("ai_edge_litert",), "never"),
+    Artefact("torch", "program", ".pt2", "torch", (), "short"),
+    Artefact("torch", "onnx", ".onnx", "runtimes", ("onnx", "onnxscript", "onnxruntime"), "short"),
 )
 
 
@@ -107,16 +98,21 @@ def compare_exports(
             for artefact in (artefact for artefact in _present() if artefact.half == half):
                 expected[artefact] = {case: logits[case] for case in _admitted(artefact, config, cases)}
                 inputs = {case: cases[case] for case in expected[artefact]}
-                jobs[artefact] = _job(artefact, Path(folder), inputs, expected[artefact])
+                name = f"{artefact.name} of {half}"
+                path = Path(folder) / f"{half}-{artefact.name}{artefact.suffix}"
+                jobs[artefact] = write_job(artefact.name, path, inputs, Path(folder), name=name)
                 _export(artefact, model, jobs[artefact]["artefact"], pixel_values.shape[2:])
             del model
         _forget()
-        _run(jobs, Path(folder))
+        processes = {artefact.process: [] for artefact in jobs}
+        for artefact, job in jobs.items():
+            processes[artefact.process].append(job)
+        run_jobs(processes, Path(folder))
         for artefact, references in expected.items():
-            with np.load(jobs[artefact]["outputs"]) as logits:
-                for case, reference in references.items():
-                    scale = float(np.sqrt(np.mean(np.square(reference, dtype=np.float64))))
-                    yield artefact.half, artefact.name, case, compare(logits[case], reference, scale, EXPORT_BOUND)
+            logits = outputs_of(jobs[artefact])
+            for case, reference in references.items():
+                agreement = compare(logits[case], reference, root_mean_square(reference), EXPORT_BOUND)
+                yield artefact.half, artefact.name, case, agreement
 
 
 def _cases(config: ModelConfig, pixel_values: np.ndarray) -> Arrays:
@@ -189,7 +185,7 @@ def _is_short(config: ModelConfig) -> bool:
 
 
 def _smallest_image(config: ModelConfig) -> int:
-    from ptmodels.export import smallest_image
+    from ptmodels.artefacts import smallest_image
 
     return smallest_image(config)
 
@@ -201,8 +197,8 @@ def _export(artefact: Artefact, model: Any, path: str, image_size: tuple[int, in
             model.save(path)
             return
         package = {"keras": "tfmodels", "torch": "ptmodels"}[artefact.half]
-        export = getattr(importlib.import_module(f"{package}.export"), f"export_{artefact.name}")
-        export(model, path, **options)
+        artefacts = importlib.import_module(f"{package}.artefacts")
+        getattr(artefacts, f"write_{artefact.name}")(model, path, **options)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RuntimeError(f"{artefact.name} of {artefact.half} could not be exported: {reason}") from error
@@ -213,43 +209,3 @@ def _forget() -> None:
 
     keras.backend.clear_session()
     gc.collect()
-
-
-def _job(artefact: Artefact, folder: Path, inputs: Arrays, expected: Arrays) -> dict[str, Any]:
-    """Saves inputs and expected outputs; returns what `parity.run_artefact` is told."""
-    stem = folder / f"{artefact.half}-{artefact.name}"
-    np.savez(f"{stem}-inputs.npz", **inputs)
-    np.savez(f"{stem}-expected.npz", **expected)
-    return {
-        "kind": artefact.name,
-        "name": f"{artefact.name} of {artefact.half}",
-        "artefact": f"{stem}{artefact.suffix}",
-        "absent": list(artefact.absent),
-        "inputs": f"{stem}-inputs.npz",
-        "outputs": f"{stem}-outputs.npz",
-    }
-
-
-def _run(jobs: dict[Artefact, dict[str, Any]], folder: Path) -> None:
-    """Does the jobs, in one fresh process per runtime, side by side."""
-    root = str(Path(run_artefact.__file__).parents[1])
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
-        "CUDA_VISIBLE_DEVICES": "-1",  # the live models run on the CPU
-    }
-    with contextlib.ExitStack() as stack:
-        processes = []
-        for name in dict.fromkeys(artefact.process for artefact in jobs):
-            path = folder / f"{name}.json"
-            path.write_text(json.dumps([job for artefact, job in jobs.items() if artefact.process == name]), "utf-8")
-            command = [sys.executable, "-P", run_artefact.__file__, str(path)]
-            options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
-            processes.append(stack.enter_context(subprocess.Popen(command, **options)))
-            stack.callback(processes[-1].kill)
-        for process in processes:
-            said, logged = process.communicate()
-            if process.returncode != 0:
-                lines = [f"exit status {process.returncode}", *logged.split("\n"), *said.split("\n")]
-                last = next(line for line in reversed(lines) if line.strip())
-                raise RuntimeError(f"a fresh process failed: {last}")

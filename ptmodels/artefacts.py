@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from modelspec.configs import ModelConfig
-from modelspec.exports import INPUT, OUTPUT, write_onnx
+from modelspec.exports import INPUT, OUTPUT, onnx_file
 from modelspec.exports.metadata import NAME
 from neighborhood.choice import prefer
 from ptmodels.composed_attention import sharing_tiles
@@ -41,15 +41,15 @@ def save_program(
         torch.export.save(program, file, extra_files=extra)
 
 
-def write_onnx_file(
-    model: PreTrainedModel, path: str | os.PathLike, image_size: tuple[int, int] | None = None
-) -> None:
+def write_onnx(model: PreTrainedModel, path: str | os.PathLike, image_size: tuple[int, int] | None = None) -> None:
     """Writes ONNX for one size, (height, width) in pixels, or for any."""
     program = make_program(model, image_size)
     with _quiet():
         exported = torch.onnx.export(program, input_names=[INPUT], output_names=[OUTPUT], dynamo=True, verbose=False)
     sizes = image_size or ("height", "width")
-    write_onnx(path, exported.model_proto, ("batch", model.config.num_channels, *sizes), model.config.num_labels)
+    onnx_file.write_onnx(
+        path, exported.model_proto, ("batch", model.config.num_channels, *sizes), model.config.num_labels
+    )
 
 
 def smallest_image(config: ModelConfig) -> int:
@@ -71,9 +71,7 @@ class _Logits(nn.Module):
         return {OUTPUT: output.logits}
 
 
-def make_program(
-    model: PreTrainedModel, image_size: tuple[int, int] | None = None
-) -> torch.export.ExportedProgram:
+def make_program(model: PreTrainedModel, image_size: tuple[int, int] | None = None) -> torch.export.ExportedProgram:
     """Traces a model, in evaluation mode, for images of one size, (height, width) in pixels, or of any."""
     config, options = model.config, {}
     if interpolates(model) and image_size != (config.image_size, config.image_size):

@@ -15,9 +15,9 @@ import torch
 from modelspec.agreement import BOUNDS, EXPORT_BOUND
 from modelspec.atomic_file import atomic_file
 from modelspec.exports import ExportReport, add_metadata, check_exportable, check_image_size
-from modelspec.exports.verification import Arrays, compare_with_live, metadata_of, pixel_cases
+from modelspec.exports.verification import compare_with_live, metadata_of, pixel_cases
 from modelspec.images import ImageProcessor
-from ptmodels.artefacts import interpolates, save_program, smallest_image, write_onnx_file, write_program
+from ptmodels.artefacts import interpolates, save_program, smallest_image, write_onnx, write_program
 from ptmodels.folding import fold_batch_norm as folded
 from ptmodels.pretrained import PreTrainedModel
 
@@ -107,7 +107,7 @@ def export_onnx(
     check_exportable(model, path, "onnx", "onnxruntime", "onnxscript", dtypes=("float32",))
     size = check_image_size(image_size)
     with atomic_file(path) as temporary:
-        write_onnx_file(folded(model) if fold_batch_norm else model, temporary, size)
+        write_onnx(folded(model) if fold_batch_norm else model, temporary, size)
         report = _compare("onnx", path, model, size, image_processor, temporary)
         add_metadata(temporary, "onnx", _metadata(report, model, image_processor))
     return _told(report, verbose)

@@ -13,7 +13,7 @@ from ptmodels.pretrained import PreTrainedModel
 
 
 def fold_batch_norm(model: PreTrainedModel) -> PreTrainedModel:
-    """Returns a copy of `model`, for evaluation, with its batch normalizations merged into the convolutions beside them.
+    """Returns an evaluation copy of `model` with batch normalizations merged into the convolutions beside them.
 
     It gives what `model` gives in evaluation, but for rounding, with fewer operations. It cannot be trained, nor saved
     as a checkpoint. Only SwiftFormer has batch normalizations; of the others it is a plain copy.

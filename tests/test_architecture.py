@@ -30,9 +30,17 @@ ALLOWED = {
 ON_REQUEST = {
     Path("modelspec/images/processor.py"): {"torch", "tensorflow"},
     Path("ptmodels/natten_compat.py"): {"natten"},  # which it completes where it is installed
-    Path("modelspec/exports.py"): {"onnx"},
-    Path("tfmodels/export.py"): {"tf2onnx"},
-    Path("parity/run_artefact.py"): {"onnxruntime", "ai_edge_litert"},
+    Path("modelspec/exports/onnx_file.py"): {"onnx"},
+    Path("modelspec/exports/metadata.py"): {"onnx", "google"},  # google.protobuf, which onnx needs
+    Path("modelspec/exports/run_artefact.py"): {
+        "tensorflow",
+        "keras",
+        "tfmodels",
+        "torch",
+        "onnxruntime",
+        "ai_edge_litert",
+    },
+    Path("tfmodels/artefacts.py"): {"tf2onnx"},
     Path("twinzoo/finetuning.py"): {"sklearn"},
     Path("twinzoo/tensorboard_log.py"): {"tensorboard"},
     Path("twinzoo/training_commands.py"): {"sklearn"},

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from modelspec.exports import INPUT, write_onnx
+from modelspec.exports import INPUT, onnx_file
 from modelspec.images import ImageProcessor
 from neighborhood.choice import prefer
 from tfmodels import ops
@@ -39,14 +39,12 @@ def write_saved_model(
         tf.saved_model.save(module, os.fspath(directory), signatures=signatures)
 
 
-def write_onnx_file(
-    model: TFPreTrainedModel, path: str | os.PathLike, image_size: tuple[int, int] | None = None
-) -> None:
+def write_onnx(model: TFPreTrainedModel, path: str | os.PathLike, image_size: tuple[int, int] | None = None) -> None:
     """Writes ONNX for one size, (height, width) in pixels, or for any."""
     height, width = image_size or (None, None)
     _, signatures = make_servable(model, (None, height, width))
     shape = image_shape(model, ("batch", height or "height", width or "width"))
-    write_onnx(path, _to_onnx(signatures["serving_default"]), shape, model.config.num_labels)
+    onnx_file.write_onnx(path, _to_onnx(signatures["serving_default"]), shape, model.config.num_labels)
 
 
 def write_litert(

@@ -21,7 +21,7 @@ from modelspec.exports.verification import Arrays, compare_with_live, metadata_o
 from modelspec.feature_kinds import feature_kinds
 from modelspec.images import ImageProcessor
 from neighborhood import native as kernels
-from tfmodels.artefacts import write_litert, write_onnx_file, write_saved_model
+from tfmodels.artefacts import write_litert, write_onnx, write_saved_model
 from tfmodels.features import compute_features
 from tfmodels.folding import fold_batch_norm as folded
 from tfmodels.pretrained import TFPreTrainedModel
@@ -141,7 +141,7 @@ def export_onnx(
     check_exportable(model, path, "onnx", "onnxruntime", "tf2onnx", dtypes=("float32",))
     size = check_image_size(image_size)
     with atomic_file(path) as temporary:
-        write_onnx_file(folded(model) if fold_batch_norm else model, temporary, size)
+        write_onnx(folded(model) if fold_batch_norm else model, temporary, size)
         cases = pixel_cases(model.config, image_processor, size, any_size=size is None)
         report = _compare("onnx", path, model, cases, EXPORT_BOUND, temporary)
         add_metadata(temporary, "onnx", _metadata(report, model, image_processor))
@@ -216,7 +216,9 @@ def _calibration(
     size: tuple[int, int],
 ) -> np.ndarray | None:
     if (quantization == "int8") != (images is not None):
-        raise ValueError(f"quantization={quantization!r} with calibration_images={images!r}; int8 needs them, and only it")
+        raise ValueError(
+            f"quantization={quantization!r} with calibration_images={images!r}; int8 needs them, and only it"
+        )
     if images is None:
         return None
     if image_processor is None:

@@ -9,7 +9,6 @@ from modelspec.exports.checks import (
     require_logits,
 )
 from modelspec.exports.metadata import add_metadata, read_metadata
-from modelspec.exports.onnx_file import write_onnx
 from modelspec.exports.verification import ExportError, ExportReport
 
 __all__ = [
@@ -23,5 +22,4 @@ __all__ = [
     "missing_packages",
     "read_metadata",
     "require_logits",
-    "write_onnx",
 ]

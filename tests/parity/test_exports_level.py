@@ -1,6 +1,5 @@
 """The level of exports: every artefact gives the live model's logits in a fresh process, and bugs in one are named."""
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 from modelspec import load_config
 from modelspec.agreement import EXPORT_BOUND
 from modelspec.checkpoints import read_safetensors
+from modelspec.exports.fresh_process import ABSENT
 from parity import exporting
 from parity.exporting import ARTEFACTS, compare_exports, notes
 
@@ -107,15 +107,14 @@ def test_what_does_not_run_is_named(monkeypatch):
 @pytest.mark.parametrize(("absent", "reason"), [("torch", "No module named 'torch'"), ("json", "it needed json")])
 def test_an_artefact_that_needs_what_it_must_not_is_named(absent, reason, monkeypatch):
     restrict(monkeypatch, ("torch", "program"))
-    artefacts = [dataclasses.replace(artefact, absent=(absent,)) for artefact in exporting.ARTEFACTS]
-    monkeypatch.setattr(exporting, "ARTEFACTS", artefacts)
+    monkeypatch.setitem(ABSENT, "program", (absent,))
     with pytest.raises(RuntimeError, match=f"program of torch: .*{reason}"):
         list(compare_exports(*subject("vit_msn_tiny", 32)))
 
 
 def test_what_cannot_be_exported_is_named(monkeypatch):
     restrict(monkeypatch, ("keras", "litert"))
-    monkeypatch.setattr("tfmodels.export.tf.lite.TFLiteConverter.convert", lambda self: 1 / 0)
+    monkeypatch.setattr("tfmodels.artefacts.tf.lite.TFLiteConverter.convert", lambda self: 1 / 0)
     with pytest.raises(RuntimeError, match="litert of keras could not be exported: division by zero"):
         list(compare_exports(*subject("vit_msn_tiny", 32)))
 
