@@ -22,7 +22,7 @@ FORCED_BOUNDS = {**BOUNDS, "float32": 3e-5, "float16": 1e-2, "bfloat16": 1e-1}
 GRADIENT_BOUNDS = {"float64": FLOAT64_BOUND, "float32": 1e-3}
 EXPORT_BOUND = 2e-5  # an exported graph against the live model, logits of their rms: the same float32, other kernels
 SAVED_MODEL_BOUND = 1e-5  # the same of a SavedModel, which runs on the live model's own kernels
-QUANTIZED_BOUNDS = {"float16": FLOAT16_BOUND, "int8": 5e-1}  # of weights in 16 bits; of all numbers in 8
+QUANTIZED_BOUNDS = {"float16": FLOAT16_BOUND, "int8": 3e-1}  # of weights in 16 bits; of products in 8
 OPERATOR_BOUNDS = {"float64": 1e-12, "float32": 5e-6}  # neighborhood attention alone, of its rms
 # bytes are resized by sums of whole numbers, and rescaled and normalised by a table of 256 values: nothing can differ
 PREPROCESSING_BOUND = 0.0

@@ -20,14 +20,14 @@ def import_tensorflow() -> ModuleType:
     """
     if "tensorflow" in sys.modules or os.environ.setdefault(_LEVEL, "2") == "0":
         return importlib.import_module("tensorflow")
-    with _standard_error_held_back():
+    with standard_error_held_back():
         tensorflow = importlib.import_module("tensorflow")
         tensorflow.config.list_logical_devices()
     return tensorflow
 
 
 @contextlib.contextmanager
-def _standard_error_held_back() -> Iterator[None]:
+def standard_error_held_back() -> Iterator[None]:
     """Inside, what is written to file descriptor 2 is collected; it is shown only if an exception leaves."""
     sys.stderr.flush()
     try:

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,13 @@ from tfmodels.pretrained import TFPreTrainedModel
 from tfmodels.serving import image_shape, make_servable
 
 _OPSET = 18  # the newest that tf2onnx writes
+# LiteRT's operations that keep float32 where matrix products and convolutions with weights are in 8 bits: in 8 bits,
+# masks leave nothing of the scores, small divisors become zero, and norms lose most
+_IN_FLOAT32 = (
+    *("ABS", "ADD", "BATCH_MATMUL", "BROADCAST_TO", "CONCATENATION", "DIV", "EXP", "GATHER", "GELU", "LESS", "LOGISTIC"),
+    *("MAXIMUM", "MEAN", "MUL", "NEG", "PAD", "PADV2", "POW", "RELU", "RESHAPE", "RSQRT", "SELECT_V2", "SOFTMAX"),
+    *("SQRT", "SQUARE", "SQUARED_DIFFERENCE", "STRIDED_SLICE", "SUB", "SUM", "TANH", "TRANSPOSE"),
+)
 
 
 def write_saved_model(
@@ -74,9 +82,24 @@ def write_litert(
             converter.optimizations = [tf.lite.Optimize.DEFAULT]
         if quantization == "float16":
             converter.target_spec.supported_types = [tf.float16]
-        if quantization == "int8":
-            converter.representative_dataset = lambda: ({INPUT: image[None]} for image in calibration)
-        Path(path).write_bytes(converter.convert())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that TensorFlow's own interpreter, which calibrates, will be dropped
+            content = _in_8_bits(converter, calibration) if quantization == "int8" else converter.convert()
+        Path(path).write_bytes(content)
+
+
+def _in_8_bits(converter: tf.lite.TFLiteConverter, calibration: np.ndarray) -> bytes:
+    """Converts with matrix products and convolutions in 8 bits."""
+
+    def images():
+        return ({INPUT: image[None]} for image in calibration)
+
+    converter.representative_dataset = images
+    options = tf.lite.experimental.QuantizationDebugOptions(denylisted_ops=list(_IN_FLOAT32))
+    quantizer = tf.lite.experimental.QuantizationDebugger(
+        converter=converter, debug_dataset=images, debug_options=options
+    )
+    return quantizer.get_nondebug_quantized_model()
 
 
 def _to_onnx(serve: tf.types.experimental.PolymorphicFunction):

@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from twinzoo import inference_commands, training_commands
+from twinzoo import export_command, inference_commands, training_commands
 from twinzoo.command_parser import CommandParser
 
 DONE, FAILED = 0, 1
@@ -21,6 +21,7 @@ examples:
   twinzoo classify cat.jpg --model my-dinat       what an image shows
   twinzoo evaluate photos --model my-dinat --framework both
   twinzoo probe photos --model vit-msn-small      what features are worth
+  twinzoo export my-dinat dinat.onnx --format onnx    to run it without this package
 
 exit status: 0 done; 1 it could not be done; 2 a wrong command
 """
@@ -84,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.set_defaults(run=_convert)
     training_commands.add_commands(commands)
     inference_commands.add_commands(commands)
+    export_command.add_command(commands)
     return parser
 
 

@@ -4,11 +4,12 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+from twinzoo.tables import indented, standard_output, table_of
 
 DONE, FAILED = 0, 1
 _CLASSIFIED_TOGETHER = 16
@@ -95,8 +96,8 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _print_variants(variants: Sequence[Any]) -> None:
-    table = _table("name", "params>", "top-1>", "size>", "Hub id")
-    console = _console()
+    table = table_of("name", "params>", "top-1>", "size>", "Hub id")
+    console = standard_output()
     ids = [f"{variant.hub_id}{'' if variant.hub_id_confirmed else '?'}" for variant in variants]
     longest = [max(map(len, texts)) for texts in ([variant.name for variant in variants], ids)]
     widths = _shared_width(console.width - len("  200.9M  86.6?   384  "), longest)
@@ -176,7 +177,7 @@ def _print_guesses(path: str, guesses: Sequence[dict]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console = _console()
+    console = standard_output()
     block = "=" if console.options.ascii_only else "\u2501"
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(width=6, justify="right")
@@ -187,7 +188,7 @@ def _print_guesses(path: str, guesses: Sequence[dict]) -> None:
         style = "bold" if rank == 0 else ""
         table.add_row(f"{guess['probability']:.1%}", Text(bar, "green"), Text(guess["label"], style))
     console.print(Text(path, "bold cyan"), soft_wrap=True)
-    console.print(_indented(table))
+    console.print(indented(table))
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -220,10 +221,10 @@ def _print_found(found: Any, as_json: bool, show: Callable[[Any], None]) -> None
 def _print_evaluation(found: Any) -> None:
     from twinzoo.evaluating import FRAMEWORK_NAMES
 
-    console = _console()
+    console = standard_output()
     _print_heading(console, found.model, f"{found.images:,} images of {found.classes} classes in {found.folder}")
     has_top5 = any(row.top5 is not None for row in found.measurements)
-    table = _table("transform", "half", "top-1>", *(["top-5>"] if has_top5 else []))
+    table = table_of("transform", "half", "top-1>", *(["top-5>"] if has_top5 else []))
     before = None
     for row in found.measurements:
         top5 = [f"{row.top5:.2%}"] if row.top5 is not None else []
@@ -270,11 +271,11 @@ def _probe(arguments: argparse.Namespace) -> int:
 def _print_probe(found: Any) -> None:
     from twinzoo.evaluating import FRAMEWORK_NAMES
 
-    console = _console()
+    console = standard_output()
     _print_heading(
         console, found.model, f"{found.features} features, {found.width} wide, of {FRAMEWORK_NAMES[found.framework]}"
     )
-    table = _table("images of each class", "accuracy>", "spread>", "draws>")
+    table = table_of("images of each class", "accuracy>", "spread>", "draws>")
     for row in found.results:
         count = f"all {found.training_images:,} images" if row.shots == "all" else str(row.shots)
         spread = "" if row.spread is None else f"{row.spread:.2%}"
@@ -300,33 +301,6 @@ def _print_notes(notes: Sequence[str]) -> None:
     console = Console(stderr=True, highlight=False)
     for note in notes:
         console.print(Text(f"note: {note}", "yellow"), soft_wrap=True)
-
-
-def _table(*headers: str) -> Any:
-    """A table without lines; a header that ends in ">" has its column on the right."""
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    for header in headers:
-        right = header.endswith(">")
-        table.add_column(header.removesuffix(">"), justify="right" if right else "left", no_wrap=right)
-    return table
-
-
-def _indented(renderable: Any) -> Any:
-    from rich.padding import Padding
-
-    return Padding(renderable, (0, 0, 0, 2), expand=False)
-
-
-def _console() -> Any:
-    """Standard output; what is not a terminal has no edge to wrap lines at."""
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = 200
-    return console
 
 
 @contextlib.contextmanager

@@ -89,9 +89,16 @@ def run_jobs(jobs: Mapping[str, Sequence[dict[str, Any]]], folder: Path) -> None
         for process in processes:
             said, logged = process.communicate()
             if process.returncode != 0:
-                lines = [f"exit status {process.returncode}", *logged.split("\n"), *said.split("\n")]
-                last = next(line for line in reversed(lines) if line.strip())
-                raise RuntimeError(f"a fresh process failed: {last}")
+                raise RuntimeError(f"a fresh process failed: {_reason(process.returncode, said, logged)}")
+
+
+def _reason(status: int, said: str, logged: str) -> str:
+    """The last line that it said; of a process that had no time to say anything, how it ended as well."""
+    said, logged = ([line for line in text.split("\n") if line.strip()] for text in (said, logged))
+    if said:
+        return said[-1]
+    ended = f"signal {-status}" if status < 0 else f"exit status {status}"
+    return ": ".join([ended, *logged[-1:]])
 
 
 def outputs_of(job: Mapping[str, Any]) -> Arrays:
