@@ -25,7 +25,19 @@ _OPSET = 18  # the newest that tf2onnx writes
 # LiteRT's operations that keep float32 where matrix products and convolutions with weights are in 8 bits: in 8 bits,
 # masks leave nothing of the scores, small divisors become zero, and norms lose most
 _IN_FLOAT32 = (
-    *("ABS", "ADD", "BATCH_MATMUL", "BROADCAST_TO", "CONCATENATION", "DIV", "EXP", "GATHER", "GELU", "LESS", "LOGISTIC"),
+    *(
+        "ABS",
+        "ADD",
+        "BATCH_MATMUL",
+        "BROADCAST_TO",
+        "CONCATENATION",
+        "DIV",
+        "EXP",
+        "GATHER",
+        "GELU",
+        "LESS",
+        "LOGISTIC",
+    ),
     *("MAXIMUM", "MEAN", "MUL", "NEG", "PAD", "PADV2", "POW", "RELU", "RESHAPE", "RSQRT", "SELECT_V2", "SOFTMAX"),
     *("SQRT", "SQUARE", "SQUARED_DIFFERENCE", "STRIDED_SLICE", "SUB", "SUM", "TANH", "TRANSPOSE"),
 )

@@ -11,7 +11,7 @@ def decode_image(image_bytes):
     """Returns the pixels (H, W, 3) uint8 of a JPEG, PNG, GIF, BMP or WebP file, as `modelspec.images.read_image` does.
 
     Gray becomes RGB, what is transparent shows white, of 16 bits the upper 8 are kept, and the EXIF orientation of JPEG
-    and of PNG (where it stands before the pixels) is applied.
+    and of PNG (where it stands before the pixels) is applied. All bytes are the same, but of CMYK some differ by one.
 
     Args:
         image_bytes: a scalar string tensor, the content of a file.
@@ -23,9 +23,10 @@ def decode_image(image_bytes):
 
 
 def _read_jpeg(image_bytes):
+    file = _Bytes(image_bytes)
     # Pillow's choices, so the same bytes
     pixels = tf.io.decode_jpeg(image_bytes, channels=3, dct_method="INTEGER_ACCURATE", fancy_upscaling=True)
-    return _upright(pixels, _orientation(*_exif_of_jpeg(_Bytes(image_bytes))))
+    return _upright(pixels, _orientation(file, *_exif_of_jpeg(file)))
 
 
 def _read_other(image_bytes):
@@ -41,7 +42,7 @@ def _read_png(image_bytes):
     filling = tf.bitwise.left_shift(1, file.at(_PNG_DEPTH)) - 1
     filled = tf.logical_and(tf.equal(file.at(_PNG_COLOUR_TYPE), 0), tf.equal(alpha, filling))
     pixels = _on_white(colours, tf.where(filled, 255, alpha))
-    return _upright(pixels, _orientation(*_exif_of_png(file)))
+    return _upright(pixels, _orientation(file, *_exif_of_png(file)))
 
 
 def _read_gif_or_bmp(image_bytes):
@@ -93,46 +94,45 @@ class _Bytes:
 
 
 def _exif_of_jpeg(file: _Bytes):
-    """Returns (file, where the TIFF header of its EXIF block begins); 0 if there is none."""
+    """Returns where the TIFF header of the EXIF block begins and where the block ends; 0 and 0 if there is none."""
 
-    def goes_on(position, found):
+    def goes_on(position, begin, end):
         marker = file.at(position + 1)
         inside = tf.logical_and(position + 4 < file.size, tf.equal(file.at(position), 0xFF))
-        return tf.logical_and(tf.logical_and(inside, tf.not_equal(marker, _START_OF_SCAN)), tf.equal(found, 0))
+        return tf.logical_and(tf.logical_and(inside, tf.not_equal(marker, _START_OF_SCAN)), tf.equal(begin, 0))
 
-    def step(position, found):
+    def step(position, begin, end):
         marker = file.at(position + 1)
         is_exif = tf.logical_and(tf.equal(marker, _APP1), file.spells(position + 4, b"Exif\0\0"))
         length = tf.where(tf.equal(marker, 0xFF), 1, 2 + file.number(position + 2, 2))  # 0xFF fills
-        return position + length, tf.where(is_exif, position + 10, found)
+        return position + length, tf.where(is_exif, position + 10, begin), tf.where(is_exif, position + length, end)
 
-    _, found = tf.while_loop(goes_on, step, (tf.constant(2), tf.constant(0)))
-    return file, found
+    return tf.while_loop(goes_on, step, (tf.constant(2), tf.constant(0), tf.constant(0)))[1:]
 
 
 def _exif_of_png(file: _Bytes):
-    """Returns (file, where the TIFF header of its EXIF chunk begins); 0 if there is none before the pixels."""
+    """Returns the same of a PNG, if the EXIF chunk stands before the pixels."""
 
-    def goes_on(position, found):
+    def goes_on(position, begin, end):
         inside = tf.logical_and(position + 8 < file.size, tf.logical_not(file.spells(position + 4, b"IDAT")))
-        return tf.logical_and(inside, tf.equal(found, 0))
+        return tf.logical_and(inside, tf.equal(begin, 0))
 
-    def step(position, found):
+    def step(position, begin, end):
         is_exif = file.spells(position + 4, b"eXIf")
+        content = position + 8
         length = tf.clip_by_value(file.number(position, 4), 0, file.size)
-        return position + 12 + length, tf.where(is_exif, position + 8, found)
+        return content + length + 4, tf.where(is_exif, content, begin), tf.where(is_exif, content + length, end)
 
-    _, found = tf.while_loop(goes_on, step, (tf.constant(8), tf.constant(0)))
-    return file, found
+    return tf.while_loop(goes_on, step, (tf.constant(8), tf.constant(0), tf.constant(0)))[1:]
 
 
-def _orientation(file: _Bytes, header):
-    """Returns the orientation, 1 to 8, that the EXIF block with its TIFF header at `header` tells; 1 if none."""
+def _orientation(file: _Bytes, header, end):
+    """Returns the orientation, 1 to 8, that the EXIF block from `header` to `end` tells; 1 if it tells none."""
     little = tf.equal(file.at(header), ord("I"))
     directory = header + file.number(header + 4, 4, little)
-    count = file.number(directory, 2, little)
-    entries = directory + 2 + 12 * tf.range(count)
-    tells = tf.logical_and(tf.equal(file.number(entries, 2, little), _ORIENTATION), header > 0)
+    entries = directory + 2 + 12 * tf.range(file.number(directory, 2, little))
+    inside = tf.logical_and(entries >= header, entries + 12 <= end)
+    tells = tf.logical_and(tf.equal(file.number(entries, 2, little), _ORIENTATION), inside)
     values = tf.where(tells, file.number(entries + 8, 2, little), 0)
     told = tf.reduce_max(tf.concat([values, [0]], 0))
     return tf.where(tf.logical_and(told >= 1, told <= 8), told, 1)

@@ -181,7 +181,8 @@ def export_litert(
         How far the file is from the live model.
 
     Raises:
-        ExportError: it is further than its bound, as a part of the rms: 2e-5, of float16 3e-2, of int8 3e-1 on the calibration images.
+        ExportError: it is further than its bound, as a part of the rms: 2e-5, of float16 3e-2, of int8 3e-1, this on
+            the calibration images.
         ValueError: the model has no classification head, or a bad argument.
         ImportError: ai-edge-litert is not installed.
     """

@@ -38,7 +38,7 @@ def _remove(model: TFPreTrainedModel, path: str) -> None:
     holder._tracker.unlock()  # Keras' own way of changing what is built
     norm = layer[int(name)] if name.isdecimal() else getattr(layer, name)
     holder._tracker.untrack(norm)
-    identity = keras.layers.Identity()
+    identity = keras.layers.Identity(dtype=norm.dtype_policy)
     if name.isdecimal():
         layer[int(name)] = identity
     else:

@@ -114,7 +114,7 @@ def test_an_artefact_that_needs_what_it_must_not_is_named(absent, reason, monkey
 
 def test_what_cannot_be_exported_is_named(monkeypatch):
     restrict(monkeypatch, ("keras", "litert"))
-    monkeypatch.setattr("tfmodels.artefacts.tf.lite.TFLiteConverter.convert", lambda self: 1 / 0)
+    monkeypatch.setattr("tensorflow.lite.python.lite.TFLiteSavedModelConverterV2.convert", lambda self: 1 / 0)
     with pytest.raises(RuntimeError, match="litert of keras could not be exported: division by zero"):
         list(compare_exports(*subject("vit_msn_tiny", 32)))
 

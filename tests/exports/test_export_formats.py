@@ -17,6 +17,8 @@ import tfmodels.export
 from modelspec import DinatConfig
 from modelspec.checkpoints import probing_weights
 
+pytestmark = pytest.mark.usefixtures("uncompared")
+
 EXPORTS = {
     "program": (ptmodels, ptmodels.export.export_program),
     "torch onnx": (ptmodels, ptmodels.export.export_onnx),
@@ -137,7 +139,7 @@ def test_onnx_of_neighborhood_attention_is_for_any_size(package, tmp_path):
 
 def test_blocks_of_a_stage_share_their_tiles(monkeypatch, tmp_path):
     programs = []
-    monkeypatch.setattr("torch.export.save", lambda program, file: programs.append(program))
+    monkeypatch.setattr("torch.export.save", lambda program, file, **_: programs.append(program))
 
     def nodes(depths):
         config = DILATED.replace(depths=depths, dilations=[[1] * depths[0], [1]])
@@ -158,12 +160,12 @@ def test_an_export_that_fails_leaves_the_old_file(export, tmp_path, monkeypatch)
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    def save(program, file):
+    def save(program, file, extra_files):
         file.write(b"half of it")
         fail()
 
     monkeypatch.setattr("torch.export.save", save)
-    monkeypatch.setattr("tensorflow.lite.TFLiteConverter.convert", fail)
+    monkeypatch.setattr("tensorflow.lite.python.lite.TFLiteSavedModelConverterV2.convert", fail)
     monkeypatch.setattr("onnx.ModelProto.SerializeToString", fail, raising=False)
     with pytest.raises(OSError, match="disk full"):
         export(path)
@@ -224,7 +226,7 @@ def test_mixed_precision_is_not_float32(vit_msn_config, tmp_path):
 def test_missing_packages_are_told(export, tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if "onnx" in name else find(name))
-    needed = "onnx and onnxscript" if export.package is ptmodels else "onnx and tf2onnx"
+    needed = f"onnx and onnxruntime and {'onnxscript' if export.package is ptmodels else 'tf2onnx'}"
     with pytest.raises(ImportError, match=rf"needs {needed}: pip install 'twinzoo\[export\]'"):
         export(tmp_path / "model")
     assert not list(tmp_path.iterdir())
