@@ -7,7 +7,7 @@ SOURCES := setup.cfg setup.py pyproject.toml constraints.txt $(wildcard neighbor
 VERSIONS ?= 2.16.2 2.19.1
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo test full lint tensorflow-versions clean
+.PHONY: demo test full lint tensorflow-versions wheels clean
 
 demo: $(VENV)/ready  ## four families, two frameworks, one photograph
 	$(BIN)/python -m parity check nat-mini dinat-mini swiftformer-xs vit-msn-small
@@ -44,6 +44,13 @@ $(VENV)-tensorflow-%/checked: $(VENV)/ready tests/neighborhood/check_op.py
 	$(PYTHON) -m venv $(VENV)-tensorflow-$*
 	$(VENV)-tensorflow-$*/bin/python -m pip install --quiet --disable-pip-version-check tensorflow-cpu==$*
 	$(VENV)-tensorflow-$*/bin/python tests/neighborhood/check_op.py
+	@touch $@
+
+wheels: $(VENV)/ready-wheels  ## dist/: the sdist, and wheels for x86-64 and aarch64, checked
+	$(BIN)/python wheels/build_wheels.py
+
+$(VENV)/ready-wheels: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[all,wheels]"
 	@touch $@
 
 clean:

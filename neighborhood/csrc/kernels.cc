@@ -7,7 +7,7 @@
 #include "dense.h"
 #include "sliding.h"
 
-#if NEIGHBORHOOD_VECTOR_BYTES == 32
+#if NEIGHBORHOOD_VECTOR_BYTES > 16
 #include <cpuid.h>
 #endif
 
@@ -87,14 +87,21 @@ void convert(const From* from, int64_t count, To* to) {
   }
 }
 
+// Whether the machine has the instructions and its system keeps the registers. The processor itself is asked:
+// __builtin_cpu_supports says no to everything where the compiler's runtime has but a stub of it (zig's).
 bool supported() {
+#if NEIGHBORHOOD_VECTOR_BYTES > 16
+  const auto has = [](unsigned int bits, unsigned int needed) { return (bits & needed) == needed; };
+  unsigned int eax, ebx, ecx, edx;
+  if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !has(ecx, bit_OSXSAVE | bit_AVX | bit_FMA | bit_F16C)) return false;
+  unsigned int kept;  // by the system when it switches processes: XCR0
+  __asm__("xgetbv" : "=a"(kept), "=d"(edx) : "c"(0));
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
 #if NEIGHBORHOOD_VECTOR_BYTES == 64
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
-#elif NEIGHBORHOOD_VECTOR_BYTES == 32
-  unsigned int eax, ebx, ecx, edx;  // not every compiler knows the name of F16C
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &eax, &ebx, &ecx, &edx) &&
-         (ecx & bit_F16C);
+  return has(kept, 0xe6) && has(ebx, bit_AVX2 | bit_AVX512F | bit_AVX512VL | bit_AVX512BW | bit_AVX512DQ);
+#else
+  return has(kept, 0x06) && has(ebx, bit_AVX2);
+#endif
 #else
   return true;
 #endif
