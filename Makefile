@@ -25,6 +25,7 @@ full: $(VENV)/ready-oracle tensorflow-versions  ## everything, the slow tests an
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror neighborhood/csrc/*.h neighborhood/csrc/*.cc tests/neighborhood/*.cc
 
 $(VENV)/ready: $(SOURCES)

@@ -6,6 +6,7 @@ window shows up at once. Float32 is then judged against the float64 result.
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 
@@ -93,7 +94,7 @@ class Result:
 
     def to_dict(self) -> dict:
         """Returns the row as plain values, for JSON; what is not a number becomes None."""
-        row = {"model": self.model, "level": self.level, "name": self.name, "dtype": self.dtype}
+        row: dict[str, Any] = {"model": self.model, "level": self.level, "name": self.name, "dtype": self.dtype}
         for field, value in {**dataclasses.asdict(self.agreement), "factor": self.agreement.factor}.items():
             row[field] = None if isinstance(value, float) and not math.isfinite(value) else value
         return row

@@ -14,9 +14,9 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
     The rename is atomic on POSIX file systems, so a failed or killed write leaves the old file whole.
     """
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     os.close(handle)
-    temporary = Path(temporary)
+    temporary = Path(name)
     try:
         yield temporary
         umask = os.umask(0)

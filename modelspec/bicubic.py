@@ -1,20 +1,22 @@
 """Bicubic interpolation as torch has it: a = -0.75, borders repeated, pixel centres at halves."""
 
+from typing import Any
+
 import numpy as np
 
 _A = -0.75
 
 
-def tap_weights(t):
+def tap_weights(t: Any) -> tuple[Any, Any, Any, Any]:
     """Weights of the neighbours at -1, 0, 1 and 2 for a point at `t` in [0, 1); numbers or any framework's arrays."""
     return _outer(t + 1.0), _inner(t), _inner(1.0 - t), _outer(2.0 - t)
 
 
-def _inner(x):
+def _inner(x: Any) -> Any:
     return ((_A + 2.0) * x - (_A + 3.0)) * x * x + 1.0
 
 
-def _outer(x):
+def _outer(x: Any) -> Any:
     return ((_A * x - 5.0 * _A) * x + 8.0 * _A) * x - 4.0 * _A
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from modelspec.checkpoints.keys import Shape
+from modelspec.configs import ModelConfig
 
 # Besides vectors (biases, norms): tables and factors that stand for none of the weights of a product.
 _NOT_DECAYED = re.compile(
@@ -29,7 +30,7 @@ class Place(NamedTuple):
     layer: int
 
 
-def stage_names(config) -> list[str]:
+def stage_names(config: ModelConfig) -> list[str]:
     """Returns the stages of a model, from `"stem"` to `"head"`; every layer of ViT-MSN is one.
 
     >>> from modelspec.configs import SwiftFormerConfig
@@ -39,7 +40,7 @@ def stage_names(config) -> list[str]:
     return ["stem", *(f"stage{stage + 1}" for stage in range(len(_depths(config)))), "head"]
 
 
-def num_layers(config) -> int:
+def num_layers(config: ModelConfig) -> int:
     """Returns the number of blocks."""
     return sum(_depths(config))
 
@@ -53,7 +54,7 @@ def has_weight_decay(key: str, shape: Shape) -> bool:
     return len(shape) > 1 and not _NOT_DECAYED.search(key)
 
 
-def place_of(config, key: str) -> Place:
+def place_of(config: ModelConfig, key: str) -> Place:
     """Returns the stage and the layer of a parameter.
 
     Args:
@@ -77,7 +78,7 @@ def place_of(config, key: str) -> Place:
     raise ValueError(f"{key!r} is no parameter of a {config.model_type}")
 
 
-def learning_rate_scale(config, key: str, layer_decay: float) -> float:
+def learning_rate_scale(config: ModelConfig, key: str, layer_decay: float) -> float:
     """Returns the factor on a parameter's learning rate: `layer_decay` once for every layer above its own.
 
     Raises:
@@ -88,7 +89,7 @@ def learning_rate_scale(config, key: str, layer_decay: float) -> float:
     return layer_decay ** (num_layers(config) + 1 - place_of(config, key).layer)
 
 
-def frozen_keys(config, keys: Iterable[str], upto: str) -> set[str]:
+def frozen_keys(config: ModelConfig, keys: Iterable[str], upto: str) -> set[str]:
     """Returns those of a model's keys that belong to a stage up to and with `upto`.
 
     Args:
@@ -104,11 +105,11 @@ def frozen_keys(config, keys: Iterable[str], upto: str) -> set[str]:
     return {key for key in keys if place_of(config, key).stage <= names.index(upto)}
 
 
-def _depths(config) -> list[int]:
+def _depths(config: ModelConfig) -> list[int]:
     return [1] * config.num_hidden_layers if config.model_type == "vit_msn" else list(config.depths)
 
 
-def _block_of(config, key: str) -> tuple[int, int]:
+def _block_of(config: ModelConfig, key: str) -> tuple[int, int]:
     """Stage and block, from 0, of a key that begins with `encoder.`; downsampling is the next stage's first block."""
     numbers = [int(part) for part in key.split(".") if part.isdecimal()]
     if len(numbers) < (2 if ".blocks." in key or ".layers." in key else 1):

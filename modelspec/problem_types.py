@@ -1,7 +1,9 @@
 """Which loss a classification head uses."""
 
+from modelspec.configs import ModelConfig
 
-def resolve_problem_type(config, labels_are_integers: bool) -> str:
+
+def resolve_problem_type(config: ModelConfig, labels_are_integers: bool) -> str:
     """Returns the problem type; the first call with labels decides it and writes it into the config, where it stays.
 
     One label is a regression; else integer labels are `"single_label_classification"` and floating-point labels

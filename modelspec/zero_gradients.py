@@ -2,10 +2,12 @@
 
 import re
 
+from modelspec.configs import ModelConfig
+
 _BEFORE_BATCH_NORM = re.compile(r"(patch_embedding\.[03]|depth_wise_conv|network\.\d+\.proj)\.bias")
 
 
-def has_zero_gradient(config, key: str, training: bool) -> bool:
+def has_zero_gradient(config: ModelConfig, key: str, training: bool) -> bool:
     """Whether the gradient of the parameter `key` vanishes, whatever the loss.
 
     Key biases, since softmax does not feel a shift; SwiftFormer's `w_g` under the softmax of one element; and, in

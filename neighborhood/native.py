@@ -110,10 +110,10 @@ def neighborhood_attention(
     threads: int = 0,
 ) -> np.ndarray:
     """As `neighborhood.reference.neighborhood_attention`, in the dtype of `query`, see `forward`."""
-    arrays = [np.ascontiguousarray(array) for array in (query, key, value)]
+    query, key, value = (np.ascontiguousarray(array) for array in (query, key, value))
     bias = None if rel_pos_bias is None else np.ascontiguousarray(rel_pos_bias)
-    output = np.empty(arrays[0].shape, arrays[0].dtype)
-    forward(*arrays, bias, kernel_size, dilation, scale, output=output, threads=threads)
+    output = np.empty(query.shape, query.dtype)
+    forward(query, key, value, bias, kernel_size, dilation, scale, output=output, threads=threads)
     return output
 
 
@@ -179,8 +179,8 @@ def backward(
     biases = {"rel_pos_bias": rel_pos_bias, "grad_rel_pos_bias": grad_rel_pos_bias}
     pointers = call.pointers(tokens | grads, biases, {"logsumexp": logsumexp})
     q, k, v, grad, grad_q, grad_k, grad_v, bias, grad_bias, lse = pointers
-    pointers = (q, k, v, bias, lse, grad, grad_q, grad_k, grad_v, grad_bias)
-    run_at("backward", pointers, *call.sizes, call.scale(scale), threads)
+    ordered = (q, k, v, bias, lse, grad, grad_q, grad_k, grad_v, grad_bias)
+    run_at("backward", ordered, *call.sizes, call.scale(scale), threads)
 
 
 def run_at(

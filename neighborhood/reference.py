@@ -1,5 +1,7 @@
 """The definition of neighborhood attention, in NumPy and float64, as plain as can be; all else is tested against it."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from neighborhood.arguments import check_arguments
@@ -65,8 +67,8 @@ def attention_probabilities(
 
 def _windows(array: np.ndarray, kernel_size: tuple[int, ...], dilation: tuple[int, ...]) -> np.ndarray:
     """Gathers (B, *spatial, heads, head_dim) into (B, *spatial, keys, heads, head_dim)."""
-    index = _per_window(key_positions, array.shape[1:-2], kernel_size, dilation)
-    gathered = array[(slice(None), *index)]  # (B, *spatial, *kernel_size, heads, head_dim)
+    index: tuple = (slice(None), *_per_window(key_positions, array.shape[1:-2], kernel_size, dilation))
+    gathered = array[index]  # (B, *spatial, *kernel_size, heads, head_dim)
     return gathered.reshape(*array.shape[:-2], -1, *array.shape[-2:])
 
 
@@ -74,12 +76,15 @@ def _window_bias(
     table: np.ndarray, spatial: tuple[int, ...], kernel_size: tuple[int, ...], dilation: tuple[int, ...]
 ) -> np.ndarray:
     """Looks up (*spatial, heads, keys) in the table."""
-    index = _per_window(bias_positions, spatial, kernel_size, dilation)
-    return np.moveaxis(table[(slice(None), *index)].reshape(table.shape[0], *spatial, -1), 0, -2)
+    index: tuple = (slice(None), *_per_window(bias_positions, spatial, kernel_size, dilation))
+    return np.moveaxis(table[index].reshape(table.shape[0], *spatial, -1), 0, -2)
 
 
 def _per_window(
-    positions, spatial: tuple[int, ...], kernel_size: tuple[int, ...], dilation: tuple[int, ...]
+    positions: Callable[[int, int, int], np.ndarray],
+    spatial: tuple[int, ...],
+    kernel_size: tuple[int, ...],
+    dilation: tuple[int, ...],
 ) -> list[np.ndarray]:
     """Index arrays, one per axis, that broadcast to (*spatial, *kernel_size)."""
     axes = len(spatial)

@@ -10,7 +10,7 @@ All arrays are indices, of 32 bits.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,7 +53,7 @@ class AxisTiles:
     starts: Any
 
 
-def axis_tiles(length, kernel_size: int, dilation: int, xp=np, fewest: int = 1) -> AxisTiles:
+def axis_tiles(length: Any, kernel_size: int, dilation: int, xp: Any = np, fewest: int = 1) -> AxisTiles:
     """Cuts one axis into tiles.
 
     Args:
@@ -108,11 +108,11 @@ def axis_tiles(length, kernel_size: int, dilation: int, xp=np, fewest: int = 1) 
     )
 
 
-def _once(method):
+def _once(method: Callable[[Any], Any]) -> property:
     """A property that is computed once; functools.cached_property holds a lock, which torch.compile cannot follow."""
     name = f"_{method.__name__}"
 
-    def get(self):
+    def get(self: Any) -> Any:
         if name not in self.__dict__:
             setattr(self, name, method(self))
         return getattr(self, name)
@@ -142,7 +142,9 @@ class Tiles:
         picks: (T, Q, K) where the keys of a query's window are in the halo.
     """
 
-    def __init__(self, lengths: Sequence, kernel_size: Sequence[int], dilation: Sequence[int], xp=np, fewest: int = 1):
+    def __init__(
+        self, lengths: Sequence, kernel_size: Sequence[int], dilation: Sequence[int], xp: Any = np, fewest: int = 1
+    ):
         self._xp = xp
         self.axes = [axis_tiles(*axis, xp, fewest) for axis in zip(lengths, kernel_size, dilation, strict=True)]
         self.tiles = _product(axis.tiles for axis in self.axes)
@@ -150,21 +152,21 @@ class Tiles:
         self.halo = _product(axis.halo for axis in self.axes)
 
     @_once
-    def queries(self):
+    def queries(self) -> Any:
         return self._flat([(axis.queries, (axis.tiles, axis.tile), axis.length) for axis in self.axes])
 
     @_once
-    def keys(self):
+    def keys(self) -> Any:
         return self._flat([(axis.keys, (axis.tiles, axis.halo), axis.length) for axis in self.axes])
 
     @_once
-    def outputs(self):
+    def outputs(self) -> Any:
         tile = self._combine([(axis.outputs // axis.tile, (axis.length,), axis.tiles) for axis in self.axes])
         query = self._combine([(axis.outputs % axis.tile, (axis.length,), axis.tile) for axis in self.axes])
         return tile * self.tile + query
 
     @_once
-    def slots(self):
+    def slots(self) -> Any:
         # a key outside along one axis stays negative whatever its slots along the others, and 32 bits hold it
         outside = -_product(axis.kernel_size for axis in self.axes)
         slots = [self._xp.where(axis.slots < 0, 0 * axis.slots + outside, axis.slots) for axis in self.axes]
@@ -173,15 +175,15 @@ class Tiles:
         )
 
     @_once
-    def biases(self):
+    def biases(self) -> Any:
         return self._combine([(axis.biases, _per_key(axis), 2 * axis.kernel_size - 1) for axis in self.axes])
 
     @_once
-    def picks(self):
+    def picks(self) -> Any:
         shapes = [(axis.tiles, axis.tile, axis.kernel_size) for axis in self.axes]
         return self._combine([(axis.picks, shape, axis.halo) for axis, shape in zip(self.axes, shapes, strict=True)])
 
-    def _combine(self, parts: list[tuple]):
+    def _combine(self, parts: list[tuple]) -> Any:
         """Combines, of each axis, an array of indices, its shape and the size that it indexes, dimension by dimension.
 
         Element [i * other rows + j, ..] of the result is `first[i, ..] * size + second[j, ..]`.
@@ -196,7 +198,7 @@ class Tiles:
             shape = tuple(ours * theirs for ours, theirs in zip(shape, own, strict=True))
         return combined
 
-    def _flat(self, parts: list[tuple]):
+    def _flat(self, parts: list[tuple]) -> Any:
         return self._xp.reshape(self._combine(parts), (-1,))
 
 
@@ -204,7 +206,7 @@ def _per_key(axis: AxisTiles) -> tuple:
     return axis.tiles, axis.tile, axis.halo
 
 
-def _product(sizes):
+def _product(sizes: Iterable) -> Any:
     return functools.reduce(lambda product, size: product * size, sizes)
 
 

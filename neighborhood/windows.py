@@ -11,6 +11,7 @@ Neighborhood Attention Transformer, 2022 (arXiv:2209.15001).
 
 import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ def per_axis(name: str, value: PerAxis, axes: int) -> tuple[int, ...]:
     Raises:
         ValueError: it is no integer of at least 1, nor one such for each of `axes` axes.
     """
-    values = (value,) * axes if type(value) is int or isinstance(value, numbers.Integral) else value
+    values: Any = (value,) * axes if type(value) is int or isinstance(value, numbers.Integral) else value
     if type(values) is tuple and len(values) == axes and all(type(entry) is int and entry >= 1 for entry in values):
         return values  # the rest asks abstract classes, which takes as long as attention of a small map
     is_sequence = isinstance(values, Sequence) and not isinstance(values, str)
@@ -33,7 +34,7 @@ def per_axis(name: str, value: PerAxis, axes: int) -> tuple[int, ...]:
 
 
 def _is_positive(value: object) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 def check_fit(length: int, kernel_size: int, dilation: int) -> None:

@@ -4,12 +4,14 @@ import argparse
 import contextlib
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from parity.checking import DEFAULT_LEVELS, DTYPES, check
 from parity.errors import ComparisonError
 from parity.levels import LEVELS
+from parity.report import ModelReport
 
 PASSED, DIVERGED, NOT_COMPARED = 0, 1, 2
 
@@ -32,7 +34,7 @@ exit status: 0 all agree; 1 something diverged; 2 could not compare
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, where argparse would print the usage as well."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         self.exit(NOT_COMPARED, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
@@ -69,9 +71,9 @@ def _check(arguments: argparse.Namespace) -> int:
             return _fail(f"--{option}: there is no directory {path.absolute().parent}")
     console = Console(highlight=False, soft_wrap=False)
     with _progress() as (on_step, paused):
-        printed = []
+        printed: list[str] = []
 
-        def on_model(report) -> None:
+        def on_model(report: ModelReport) -> None:
             with paused():
                 if not printed:
                     print_opening(console, arguments.against or "PyTorch in float64")
@@ -224,7 +226,7 @@ def _add_inputs(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", metavar="N", type=_seed, default=0, help="of random weights; default 0")
 
 
-def _list_of(allowed: Sequence[str]):
+def _list_of(allowed: Sequence[str]) -> Callable[[str], list[str]]:
     def parse(text: str) -> list[str]:
         values = text.split(",")
         unknown = [value for value in values if value not in allowed]
@@ -235,7 +237,7 @@ def _list_of(allowed: Sequence[str]):
     return parse
 
 
-def _chosen(given: list[list[str]] | None, everything: Sequence[str], default: Sequence[str]) -> list[str]:
+def _chosen(given: Sequence[Sequence[str]] | None, everything: Sequence[str], default: Sequence[str]) -> list[str]:
     chosen = [value for values in given or [default] for value in values]
     return [value for value in everything if value in chosen or "all" in chosen]
 

@@ -10,7 +10,7 @@ residual, a reshape, the attention itself) is seen in what it gives them, and ca
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -128,7 +128,7 @@ class Comparing:
     def __init__(
         self,
         recording: Recording,
-        layers: Sequence[str],
+        layers: Collection[str],
         dtype: str | None,
         tolerance: float,
         *,
@@ -155,20 +155,20 @@ class Comparing:
         self._layouts = Layouts()
 
     def entering(self, call: Call, parent: str, arrays: Arrays) -> Arrays | None:
-        call = self._translated(call)
-        if call is None or not self.forced:
+        known = self._translated(call)
+        if known is None or not self.forced:
             return None
-        owner = f"{self.recording.parents[call[0]] or MODEL}{OWN_CODE}" if self.split else None
-        return self._compare(call, False, owner, arrays)
+        owner = f"{self.recording.parents[known[0]] or MODEL}{OWN_CODE}" if self.split else None
+        return self._compare(known, False, owner, arrays)
 
     def leaving(self, call: Call, arrays: Arrays) -> Arrays | None:
-        call = self._translated(call)
-        if call is None:
+        known = self._translated(call)
+        if known is None:
             return None
-        has_parts = any(other.startswith(f"{call[0]}.") for other in self.layers)
-        owner = call[0] + OWN_CODE if self.split and has_parts else call[0]
-        self._seen.add(call)
-        return self._compare(call, True, owner, arrays)
+        has_parts = any(other.startswith(f"{known[0]}.") for other in self.layers)
+        owner = known[0] + OWN_CODE if self.split and has_parts else known[0]
+        self._seen.add(known)
+        return self._compare(known, True, owner, arrays)
 
     def findings(self) -> list[Finding]:
         """Returns what was found, in causal order; a recorded call that the running model did not make is a failure."""
@@ -190,12 +190,12 @@ class Comparing:
     def _compare(self, call: Call, is_output: bool, owner: str | None, arrays: Arrays) -> Arrays | None:
         references = (self.recording.outputs if is_output else self.recording.inputs).get(call)
         position = self._positions.get((call, is_output), len(self._positions))
-        reason = None
+        reason = ""
         if references is None:
             reason = f"the reference calls it {sum(other[0] == call[0] for other in self.recording.outputs)} times"
         elif len(references) != len(arrays):
             reason = f"{len(arrays)} arrays against {len(references)}"
-        if reason is not None:
+        if references is None or reason:
             if owner is not None:
                 self._note(owner, failed(self.tolerance, "missing", reason), position)
             return None
@@ -241,7 +241,7 @@ class Layouts:
     Where shapes cannot tell, the nearest numbers do; and where these are far apart, the last that were near.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._last: dict[int, str] = {}  # rank -> what was clear last
         self._map_shape: tuple[int, ...] | None = None
 

@@ -97,7 +97,7 @@ def check(
 
     on_step(0, 1, "importing TensorFlow and PyTorch")
     import_frameworks()
-    skipped = {}
+    skipped: dict[str, str] = {}
     if every_model:
         names, skipped = split_by_family(names)
     if checkpoint is None:
@@ -120,12 +120,12 @@ def check(
         chosen = [level for level in LEVELS if level in (levels if subject.name in in_depth else WIDE_LEVELS)]
         with exact_arithmetic():
             if recorded is None:
-                report = _check_one(subject, photograph, size, chosen, runs, seed, calibrate, save, on_run)
+                compared = _check_one(subject, photograph, size, chosen, runs, seed, calibrate, save, on_run)
             else:
-                report = _check_recorded(subject, recorded, chosen, runs, on_run)
-        reports.append(report)
+                compared = _check_recorded(subject, recorded, chosen, runs, on_run)
+        reports.append(compared)
         if on_model is not None:
-            on_model(report)
+            on_model(compared)
     environment = {
         **describe_environment(),
         "reference": "torch float64" if against is None else os.fspath(against),
@@ -195,7 +195,8 @@ def _check_one(
     images, described = pixel_values(photograph, subject.processor, size)
     task = Task(subject, weights, images, photograph, tuple(runs), seed)
     calls, layer_options, notes = forward_calls(subject.config, images.shape[2:], size is not None, levels)
-    results, worst = [], None
+    results: list[Row] = []
+    worst = None
     if calls:
         results, worst, reference = _forward(task, calls, layer_options, calibrate, on_run)
         notes += reference.notes

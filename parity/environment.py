@@ -17,7 +17,7 @@ def describe_environment() -> dict[str, Any]:
     import tensorflow as tf
     import torch
 
-    versions = {"python": platform.python_version()}
+    versions: dict[str, str | None] = {"python": platform.python_version()}
     for name in _DISTRIBUTIONS:
         try:
             versions[name.lower()] = metadata.version(name)
@@ -43,7 +43,8 @@ def describe_environment() -> dict[str, Any]:
 @contextlib.contextmanager
 def exact_arithmetic() -> Iterator[None]:
     """Keeps the frameworks that are imported from computing float32 products in TF32, where a GPU would."""
-    torch, tf = sys.modules.get("torch"), sys.modules.get("tensorflow")
+    torch: Any = sys.modules.get("torch")
+    tf: Any = sys.modules.get("tensorflow")
     kept = []
     if torch is not None:
         kept = [(place, place.allow_tf32) for place in (torch.backends.cuda.matmul, torch.backends.cudnn)]

@@ -6,7 +6,7 @@ input dotted ("forced").
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from parity.saved_report import Row
@@ -25,8 +25,8 @@ def draw_error_growth(rows: Sequence[Row], first: Row | None = None) -> dict[str
         rows: of a model; those with an order count.
         first: the row to be marked as the first divergence.
     """
-    rows = sorted((row for row in rows if row.order is not None), key=lambda row: row.order)
-    first_order, last_order = (rows[0].order, rows[-1].order) if rows else (0, 0)
+    rows = sorted((row for row in rows if row.order is not None), key=_order)
+    first_order, last_order = (_order(rows[0]), _order(rows[-1])) if rows else (0, 0)
     scale = _Scale(rows)
     if first_order == last_order or not scale.drawable:
         return None
@@ -34,7 +34,7 @@ def draw_error_growth(rows: Sequence[Row], first: Row | None = None) -> dict[str
     def x(order: int) -> float:
         return round(LEFT + (WIDTH - LEFT - RIGHT) * (order - first_order) / (last_order - first_order), 1)
 
-    by_series = {}
+    by_series: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         by_series.setdefault((row.half, row.dtype, row.mode), []).append(row)
     return {
@@ -85,9 +85,14 @@ class _Scale:
             yield self.y(None), "not finite"
 
 
-def _series(key: tuple[str, str, str], rows: list[Row], scale: _Scale, x) -> dict[str, Any]:
+def _order(row: Row) -> int:
+    """The place of a row that has one."""
+    return row.order or 0
+
+
+def _series(key: tuple[str, str, str], rows: list[Row], scale: _Scale, x: Callable[[int], float]) -> dict[str, Any]:
     half, dtype, mode = key
-    points = [(x(row.order), scale.y(row.max_rel), row) for row in rows]
+    points = [(x(_order(row)), scale.y(row.max_rel), row) for row in rows]
     path, pen_down = [], False
     for across, down, row in points:
         path.append(f"{'L' if pen_down else 'M'}{across} {down}")
@@ -102,13 +107,16 @@ def _series(key: tuple[str, str, str], rows: list[Row], scale: _Scale, x) -> dic
     }
 
 
-def _tolerances(by_series: dict[tuple, list[Row]], scale: _Scale, x) -> Iterator[dict[str, Any]]:
+def _tolerances(
+    by_series: Mapping[tuple[str, str, str], list[Row]], scale: _Scale, x: Callable[[int], float]
+) -> Iterator[dict[str, Any]]:
     """One line for each course of the tolerance; a label only where it has room."""
-    seen, labelled = {}, []
+    seen = {}
+    labelled: list[float] = []
     for (_, dtype, mode), rows in by_series.items():
         rows = [row for row in rows if row.tolerance]
         path = "".join(
-            f"{'L' if index else 'M'}{x(row.order)} {scale.y(row.tolerance)}" for index, row in enumerate(rows)
+            f"{'L' if index else 'M'}{x(_order(row))} {scale.y(row.tolerance)}" for index, row in enumerate(rows)
         )
         if rows and path not in seen:
             seen[path] = rows[-1]
@@ -119,13 +127,13 @@ def _tolerances(by_series: dict[tuple, list[Row]], scale: _Scale, x) -> Iterator
             yield {"path": path, "y": down, "label": label if has_room else ""}
 
 
-def _stages(rows: Sequence[Row], x) -> Iterator[dict[str, Any]]:
+def _stages(rows: Sequence[Row], x: Callable[[int], float]) -> Iterator[dict[str, Any]]:
     """The stretches of the horizontal axis that belong to one block, such as `encoder.layer.3`."""
-    starts = []
+    starts: list[tuple[str, float]] = []
     for row in rows:
         name = _stage(row)
         if not starts or starts[-1][0] != name:
-            starts.append((name, x(row.order)))
+            starts.append((name, x(_order(row))))
     ends = [start for _, start in starts[1:]] + [float(WIDTH - RIGHT)]
     for index, ((name, start), end) in enumerate(zip(starts, ends, strict=True)):
         short = ".".join(name.split(".")[-2:])

@@ -16,10 +16,10 @@ from parity.blocks import MODEL, OWN_CODE, Layouts, in_layout_of
 from parity.culprits import CULPRITS, Place
 from parity.environment import exact_arithmetic
 from parity.errors import ComparisonError
-from parity.layers import Reference, compare_pass, record
+from parity.layers import Reference, compare_pass, record, recorded
 from parity.levels import forward_calls
 from parity.photograph import Photograph, pixel_values, read_photograph
-from parity.report import Row, describe_place
+from parity.report import Row, describe_place, in_causal_order
 from parity.subjects import Subject, checkpoint_subject, drawn_subject
 from parity.taps import Call, Tap
 
@@ -77,6 +77,7 @@ def explain(
         names = [] if model is None else [get_variant(model).name]
         subject = checkpoint_subject(checkpoint, seed, *names)
     else:
+        assert model is not None
         subject = drawn_subject(model, seed, reduce=reduced)
     halves.import_frameworks()
     with exact_arithmetic():
@@ -110,14 +111,14 @@ def explain_rows(rows: Sequence[Row], reference: Reference, actual: Tap) -> list
     failed = [row for row in rows if row.mode == "forced" and not row.agreement.passed]
     parts = {row.block for row in failed if row.is_sub_layer}
     failed = [row for row in failed if row.is_sub_layer or row.block not in parts]
-    return [_explain(row, reference, actual) for row in sorted(failed, key=lambda row: row.order)]
+    return [_explain(row, reference, actual) for row in in_causal_order(failed)]
 
 
 def _explain(row: Row, reference: Reference, actual: Tap) -> Explanation:
-    layer = row.layer.removesuffix(OWN_CODE)
-    if layer == MODEL or layer not in reference.recording.layers:
+    layer = (row.layer or "").removesuffix(OWN_CODE)
+    if layer == MODEL or layer not in recorded(reference).layers:
         layer = ""  # a container: the whole model shows what it does
-    found = functools.partial(Explanation, row.block, describe_place(row), row.agreement.max_rel)
+    found = functools.partial(Explanation, row.block or "", describe_place(row), row.agreement.max_rel)
     wrong = _wrong_outputs(layer, reference, actual)
     right = _Replay(layer, reference)
     tried = 0
@@ -147,7 +148,7 @@ class _Only:
 
     def __init__(self, layer: str, reference: Reference):
         self.layer = layer
-        self.recording = reference.recording
+        self.recording = recorded(reference)
         self.layouts = Layouts()
         self.outputs: list[np.ndarray] = []
 
@@ -155,11 +156,10 @@ class _Only:
         return self._recorded(self.recording.inputs.get(call), call, arrays)
 
     def leaving(self, call: Call, arrays: list[np.ndarray]) -> list[np.ndarray] | None:
-        recorded = self.recording.outputs.get(call)
         if call == (self.layer, 0):
-            pairs = zip(recorded, arrays, strict=False)
+            pairs = zip(self.recording.outputs[call], arrays, strict=False)
             self.outputs = [self.layouts.find(*pair)[1](pair[1]) for pair in pairs]
-        return self._recorded(recorded, call, arrays)
+        return self._recorded(self.recording.outputs.get(call), call, arrays)
 
     def _recorded(
         self, recorded: list[np.ndarray] | None, call: Call, arrays: list[np.ndarray]
@@ -186,7 +186,7 @@ class _Replay:
     def _first_call(self, module: Any, options: dict[str, Any]) -> tuple[tuple, dict]:
         calls: list[tuple[tuple, dict]] = []
 
-        def keep(_, args, kwargs):
+        def keep(_: Any, args: tuple, kwargs: dict) -> None:
             calls.append((args, kwargs))
 
         hook = module.register_forward_pre_hook(keep, with_kwargs=True)

@@ -34,8 +34,8 @@ def torch_gradients(
     images = torch.from_numpy(pixel_values).to(model.dtype).requires_grad_()
     tensors = {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in options.items()}
     model(pixel_values=images, **tensors).loss.backward()
-    parameters = {key: value.grad.numpy() for key, value in model.named_parameters()}
-    return {"pixel_values": images.grad.numpy()} | parameters
+    leaves = {"pixel_values": images, **dict(model.named_parameters())}
+    return {key: value.grad.numpy() for key, value in leaves.items()}
 
 
 def keras_gradients(

@@ -75,7 +75,7 @@ def tap_torch(model: Any, pixel_values: np.ndarray) -> TorchTap:
 
     images = torch.from_numpy(pixel_values)
 
-    def run(**options):
+    def run(**options: Any) -> Any:
         options = {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in options.items()}
         return model(pixel_values=images, **options)
 
@@ -86,7 +86,7 @@ def tap_keras(model: Any, pixel_values: np.ndarray) -> KerasTap:
     """Taps a model of the Keras half."""
     import keras
 
-    def run(**options):
+    def run(**options: Any) -> Any:
         with keras.device("cpu:0"):
             return model(pixel_values=pixel_values, training=False, **options)
 

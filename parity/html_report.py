@@ -40,8 +40,9 @@ def write_html(path: str | os.PathLike, report: Mapping[str, Any]) -> None:
 def render_html(report: Mapping[str, Any]) -> str:
     """Returns the page that `write_html` writes."""
     saved = read_report(report)
+    loader = PackageLoader("parity", "templates")
     environment = Environment(
-        loader=PackageLoader("parity", "templates"),
+        loader=loader,
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -49,7 +50,6 @@ def render_html(report: Mapping[str, Any]) -> str:
     )
     environment.filters |= {"number": number, "share": _share, "duration": _duration}
     environment.globals |= {"anchor": _anchor, "describe": describe}
-    loader = environment.loader
     style, script = (loader.get_source(environment, name)[0] for name in ("report.css", "report.js"))
     models = [_model(model) for model in saved.models]
     used = {name for model in models for level in model["levels"] for name in level["columns"]}
@@ -98,25 +98,26 @@ def _facts(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _level(model: str, level: str, rows: Sequence[Row]) -> dict[str, Any]:
     """One table: its columns, and a line for each kind, half and dtype."""
     columns = [name for name in _FIGURES if name in _ALWAYS or any(getattr(row, name) is not None for row in rows)]
-    groups = {}
+    groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.kind, row.half, row.dtype), []).append(row)
     return {
         "level": level,
         "anchor": _anchor(model, level),
         "columns": columns,
-        "groups": [_group(*key, of_group) for key, of_group in groups.items()],
+        "groups": [_group(key, of_group) for key, of_group in groups.items()],
         "count": len(rows),
         "failed": [row for row in rows if not row.passed],
     }
 
 
-def _group(kind: str, half: str, dtype: str, rows: list[Row]) -> dict[str, Any]:
-    """The worst of each figure."""
+def _group(key: tuple[str, str, str], rows: list[Row]) -> dict[str, Any]:
+    """The worst of each figure, of a kind, half and dtype."""
+    kind, half, dtype = key
     figures = {name: worst([getattr(row, name) for row in rows]) for name in ("max_abs", "max_rel", "used")}
     factors = [row.factor for row in rows if row.factor is not None]
     means = [row.mean_abs for row in rows if row.mean_abs is not None]
-    cosines = [row.cosine for row in rows]
+    cosines = [row.cosine for row in rows if row.cosine is not None]
     return {
         "kind": kind,
         "half": half,
@@ -128,14 +129,14 @@ def _group(kind: str, half: str, dtype: str, rows: list[Row]) -> dict[str, Any]:
         "floor": None,
         "factor": max(factors, default=None),
         "mean_abs": max(means, default=None),
-        "cosine": None if None in cosines else min(cosines),
+        "cosine": min(cosines) if len(cosines) == len(rows) else None,
         "tolerance": max((row.tolerance for row in rows if row.tolerance is not None), default=None),
     }
 
 
 def _worst_by_dtype(rows: Iterable[Row]) -> dict[str, Row]:
     """Dtype -> the row of the largest `max_rel`; one that is not finite is larger than any."""
-    found = {}
+    found: dict[str, Row] = {}
     for row in rows:
         held = found.get(row.dtype)
         if held is None or (held.max_rel is not None and (row.max_rel is None or row.max_rel > held.max_rel)):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from modelspec.agreement import (
 from parity.blocks import Comparing, Recording, RecordingTooLarge, at_least, badness, block_of, blocks
 from parity.report import Row, WorstArray
 from parity.rounding import MANTISSA_BITS, OTHER_ORDER, OWN_RUNS, OWN_UNITS, RUNS, Moving, moved_weights, share_weights
-from parity.taps import Tap
+from parity.taps import Runnable, Tap
 
 MAX_RECORDING = 4e9  # bytes
 MAX_HEAT = 64  # numbers along each side of a heat map
@@ -54,6 +54,12 @@ class Reference:
     blocks: list[str]
     floors: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
+
+
+def recorded(reference: Reference) -> Recording:
+    """Returns the recording of a reference whose layers are compared."""
+    assert reference.recording is not None
+    return reference.recording
 
 
 def record(
@@ -154,7 +160,13 @@ def _moved_runs(reference: Reference, dtype: str, generator: np.random.Generator
 
 
 def compare_pass(
-    model: str, tap: Tap, run: Run, reference: Reference, *, names: Mapping[str, str] | None = None, strict: bool = True
+    model: str,
+    tap: Runnable,
+    run: Run,
+    reference: Reference,
+    *,
+    names: Mapping[str, str] | None = None,
+    strict: bool = True,
 ) -> tuple[list[Row], dict[str, Arrays], WorstArray | None]:
     """Compares one run of one half with the reference.
 
@@ -204,7 +216,7 @@ def _comparing(
     forced = mode != "free"
     bounds = FORCED_BOUNDS if forced else BOUNDS
     tolerance = bounds[bound] if isinstance(bound, str) else bound
-    layers = recording.layers
+    layers: Collection[str] = recording.layers
     if mode == "block":  # those without parts are seen in the forced mode
         layers = [block for block in reference.blocks if any(layer.startswith(f"{block}.") for layer in layers)]
         if not layers:
@@ -233,7 +245,7 @@ def _judge_rounding(agreement: Agreement, reference: Reference, dtype: str, name
     if floor is None or math.isnan(agreement.max_rel):
         return agreement
     agreement = dataclasses.replace(agreement, floor=floor)
-    if agreement.passed and agreement.factor > EXPLAINED_FACTOR:
+    if agreement.passed and agreement.factor is not None and agreement.factor > EXPLAINED_FACTOR:
         reason = f"{agreement.factor:.1f} times what rounding does"
         return dataclasses.replace(agreement, passed=False, failure="rounding", reason=reason)
     return agreement
@@ -252,16 +264,16 @@ def _with_top_k(agreement: Agreement, actual: np.ndarray, reference: np.ndarray)
 
 def _compare_outputs(level: str, actual: Arrays, reference: Arrays, tolerance: float) -> dict[str, Agreement]:
     """Compares what a model gave at a level, kind by kind, since arrays of one kind share a scale."""
-    agreements = {}
+    agreements: dict[str, Agreement] = {}
     kinds = dict.fromkeys(name.partition(".")[0] for name in [*reference, *actual])
     for kind in sorted(kinds, key=lambda kind: kind == "loss"):
         if level == "layers" and kind not in ("hidden_states", "attentions"):
             continue  # outputs have a level of their own
-        of_kind = [
+        ours, theirs = (
             {name: array for name, array in arrays.items() if name.partition(".")[0] == kind}
             for arrays in (actual, reference)
-        ]
-        agreements |= compare_all(*of_kind, tolerance)
+        )
+        agreements |= compare_all(ours, theirs, tolerance)
     return agreements
 
 

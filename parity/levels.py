@@ -58,7 +58,9 @@ def forward_calls(
 
     The levels have a pass each, since asking for attention probabilities makes a model compute them another way.
     """
-    common, notes, attentions = {}, [], {}
+    common: dict[str, Any] = {}
+    attentions: dict[str, Any] = {}
+    notes = []
     if config.model_type == "vit_msn":
         if resized or tuple(image_size) != (config.image_size, config.image_size):
             common["interpolate_pos_encoding"] = True
@@ -70,7 +72,7 @@ def forward_calls(
             notes.append(f"Attentions are left out: with {tokens} tokens they are too large.")
     elif config.model_type in ("nat", "dinat"):
         attentions = {"output_attentions": True}
-    calls = {}
+    calls: dict[str, dict[str, Any]] = {}
     if "outputs" in levels:
         calls["outputs"] = dict(common)
         if config.num_labels > 1 and config.problem_type in (None, "single_label_classification"):
@@ -101,10 +103,10 @@ def compare_recorded(
         levels: "outputs" for the logits, "layers" for hidden states and attentions.
     """
     half, dtype = run
-    options = {"output_hidden_states": any(name.startswith("hidden_states") for name in wanted)}
+    options: dict[str, Any] = {"output_hidden_states": any(name.startswith("hidden_states") for name in wanted)}
     if any(name.startswith("attentions") for name in wanted):
         options["output_attentions"] = True
-    found = tap.run(**options, **_positions(tap.model.config, image_size))
+    found = tap.run(**options | _positions(tap.model.config, image_size))
     rows = []
     for kind in FORWARD_KINDS:
         of_kind = {name: array for name, array in wanted.items() if name.partition(".")[0] == kind}

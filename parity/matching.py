@@ -3,6 +3,7 @@
 import collections
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,7 @@ _ACTIVATIONS = {"activation", "relu", "gelu", "silu", "selu", "sigmoid", "tanh",
 class _Calls:
     """Notes which layers are called, in which order, and how large what they give is; an observer."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.sizes: dict[str, tuple[int, ...]] = {}
 
     def entering(self, call: Call, parent: str, arrays: list[np.ndarray]) -> None:
@@ -58,7 +59,7 @@ def match_layers(first: Tap, second: Tap, names: Mapping[str, str] | None = None
         tap.run(calls)
         called.append(calls.sizes)
     pairs = dict(names or {})
-    for position, (given, tap) in enumerate(zip((pairs.keys(), pairs.values()), (first, second), strict=True)):
+    for position, (given, tap) in enumerate(zip((list(pairs), list(pairs.values())), (first, second), strict=True)):
         for name in given:
             if name not in called[position]:
                 why = "is never called" if name in tap.layers else "there is no such layer"
@@ -86,7 +87,7 @@ def match_layers(first: Tap, second: Tap, names: Mapping[str, str] | None = None
     return {name: pairs[name] for name in called[0] if name in pairs}
 
 
-def _kind(layer) -> str:
+def _kind(layer: Any) -> str:
     name = re.sub(r"[123]d$", "", type(layer).__name__.lower()).removeprefix("fused")
     return _KINDS.get(name, "activation" if name in _ACTIVATIONS else name)
 

@@ -44,22 +44,21 @@ def compare_operator(
     implementations = [name for name in IMPLEMENTATIONS if name == "composed" or absent is None]
     for name, (shape, dilation) in cases(config, image_size).items():
         generator = np.random.default_rng(seed)
-        operands = generator.standard_normal((3, *shape)).astype(dtype)
-        window = 2 * config.kernel_size - 1
-        bias = generator.standard_normal((shape[-2], window, window)).astype(dtype)
-        arguments = config.kernel_size, dilation
-        expected = reference.neighborhood_attention(
-            *operands.astype(np.float64), *arguments, rel_pos_bias=bias.astype(np.float64)
-        )
+        query, key, value = generator.standard_normal((3, *shape)).astype(dtype)
+        width = 2 * config.kernel_size - 1
+        bias = generator.standard_normal((shape[-2], width, width)).astype(dtype)
+        query64, key64, value64, bias64 = (array.astype(np.float64) for array in (query, key, value, bias))
+        window = config.kernel_size, dilation
+        expected = reference.neighborhood_attention(query64, key64, value64, *window, rel_pos_bias=bias64)
         scale = float(np.sqrt(np.mean(np.square(expected))))
         for implementation in implementations:
-            options = {"implementation": implementation}
+            q, k, v, table = (torch.from_numpy(array) for array in (query, key, value, bias))
             found = {
                 "torch": ptmodels.ops.neighborhood_attention(
-                    *map(torch.from_numpy, operands), *arguments, rel_pos_bias=torch.from_numpy(bias), **options
+                    q, k, v, *window, rel_pos_bias=table, implementation=implementation
                 ).numpy(),
                 "keras": tfmodels.ops.neighborhood_attention(
-                    *operands, *arguments, rel_pos_bias=bias, **options
+                    query, key, value, *window, rel_pos_bias=bias, implementation=implementation
                 ).numpy(),
             }
             for half, actual in found.items():

@@ -17,7 +17,7 @@ from parity.layers import Reference, compare_pass, measure_floors, record, worst
 from parity.matching import match_layers
 from parity.report import ModelReport, Row
 from parity.rounding import MANTISSA_BITS
-from parity.taps import KerasTap, Tap, TorchTap
+from parity.taps import KerasTap, Observer, Tap, TorchTap
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -110,7 +110,7 @@ def compare(
             taps.append(stack.enter_context(_tapped(model, half, arrays)))
             with naming_failures(f"{name} failed"):
                 taps[-1].run()
-        matched = match_layers(*taps, names)
+        matched = match_layers(taps[0], taps[1], names)
         to_reference = matched if at else {second: first for first, second in matched.items()}
         runs = [(taps[1 - at], to_reference)]
         if _dtype(taps[at]) != "float64":
@@ -162,8 +162,8 @@ class _AlignedOutputs:
         self.tap = tap
         self.wanted = wanted
 
-    def run(self, observer: Any = None) -> dict[str, np.ndarray]:
-        found = self.tap.run(observer)
+    def run(self, observer: Observer | None = None, **options: Any) -> dict[str, np.ndarray]:
+        found = self.tap.run(observer, **options)
         if found.keys() != self.wanted.keys() and len(found) == len(self.wanted):
             found = dict(zip(self.wanted, found.values(), strict=True))
         return {
@@ -229,7 +229,7 @@ def _keras_tap(model: Any, inputs: dict[str, np.ndarray]) -> Iterator[Tap]:
         for name, array in inputs.items()
     }
 
-    def run():
+    def run() -> Any:
         if "" in tensors:
             return model(tensors[""])
         return model(tensors) if hasattr(model, "operations") else model(**tensors)
@@ -261,7 +261,7 @@ def _keras_dtype(model: Any) -> str:
 def _notes(taps: list[Tap], matched: dict[str, str]) -> list[str]:
     """Says which layers have no counterpart."""
     notes = []
-    for number, (tap, known) in enumerate(zip(taps, (matched.keys(), matched.values()), strict=True)):
+    for number, (tap, known) in enumerate(zip(taps, (list(matched), list(matched.values())), strict=True)):
         alone = [name for name in tap.layers if name not in known and not tap.children(name)]
         if alone:
             some = ", ".join(alone[:6]) + (f" and {len(alone) - 6} more" if len(alone) > 6 else "")
@@ -271,7 +271,7 @@ def _notes(taps: list[Tap], matched: dict[str, str]) -> list[str]:
 
 def _renamed(row: Row, names: Mapping[str, str]) -> Row:
     """Calls the layers of a row by the names of the first model."""
-    if row.mode is None:
+    if row.layer is None or row.block is None:
         return row
     own = OWN_CODE if row.layer.endswith(OWN_CODE) else ""
     layer = row.layer.removesuffix(OWN_CODE)

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -54,7 +55,7 @@ def pixel_values(
     Returns:
         (1, C, H, W) float32, and the preprocessing in words.
     """
-    overrides = {} if size is None else {"size": size, "do_resize": True}
+    overrides: dict[str, Any] = {} if size is None else {"size": size, "do_resize": True}
     batch = processor(photograph.pixels, data_format="channels_first", input_data_format="channels_last", **overrides)
     values = batch.pixel_values
     steps = [f"{photograph.name}, {photograph.size}"]

@@ -50,7 +50,7 @@ def write_run(path: str | os.PathLike, pixel_values: np.ndarray, outputs: Arrays
         if name.partition(".")[0] in KINDS:
             arrays[name if name == "logits" else f"model.{name}"] = array
     with atomic_file(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, **arrays)  # type: ignore[arg-type]  # an array could be named `allow_pickle`; ours are not
 
 
 def read_run(path: str | os.PathLike) -> RecordedRun:

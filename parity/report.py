@@ -1,6 +1,7 @@
 """What a check found, as plain data: one row per comparison, the models, the environment."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,11 @@ def _order_of_divergence(row: Row) -> tuple:
     return kind, row.dtype != "float64", row.index if row.order is None else row.order
 
 
+def in_causal_order(rows: Iterable[Row]) -> list[Row]:
+    """Returns rows of layers in the order of computing."""
+    return sorted(rows, key=lambda row: row.order or 0)
+
+
 @dataclasses.dataclass(frozen=True)
 class WorstArray:
     """Where in an array the largest differences are.
@@ -139,7 +145,7 @@ class ModelReport:
         forced = [row for row in self.results if row.mode == "forced" and not row.agreement.passed]
         if any(row.dtype == "float64" for row in forced):
             forced = [row for row in forced if row.dtype == "float64"]
-        return list(dict.fromkeys(row.block for row in sorted(forced, key=lambda row: row.order)))
+        return list(dict.fromkeys(row.block or "" for row in in_causal_order(forced)))
 
     def explain_divergence(self) -> str | None:
         """Says where the model first diverges, in one sentence; None if it does not."""
@@ -157,7 +163,7 @@ class ModelReport:
 
 def describe_place(row: Row) -> str:
     """Says in words which layer a row is of, for example "in block encoder.layer.1, at its output.dense"."""
-    layer, block = row.layer, row.block
+    layer, block = row.layer or "", row.block
     own = layer.endswith(OWN_CODE)
     layer = layer.removesuffix(OWN_CODE)
     if layer == MODEL and own:

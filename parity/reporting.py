@@ -16,7 +16,7 @@ from modelspec.atomic_file import write_text
 from parity.certificate import Verification
 from parity.culprits import CULPRITS
 from parity.explaining import Explanation
-from parity.report import ModelReport, Report, Row
+from parity.report import ModelReport, Report, Row, in_causal_order
 
 _NARROW = 96  # columns; below it the table's columns stand closer
 
@@ -59,7 +59,7 @@ def print_model(console: Console, report: ModelReport, *, every_array: bool = Fa
 
 def print_summary(console: Console, report: Report) -> None:
     """Prints what was skipped, where each model first diverges, and the closing line."""
-    by_reason = {}
+    by_reason: dict[str, list[str]] = {}
     for name, reason in report.skipped.items():
         by_reason.setdefault(reason, []).append(name)
     for reason, names in by_reason.items():
@@ -91,11 +91,11 @@ def block_tree(report: ModelReport, *, every_array: bool = False) -> Tree:
         Text("blocks: max_rel given right inputs (forced) / from the image on (free)", "dim"), guide_style="dim"
     )
     for dtype, half in dict.fromkeys((row.dtype, row.half) for row in rows):
-        of_run = sorted((row for row in rows if (row.dtype, row.half) == (dtype, half)), key=lambda row: row.order)
+        of_run = in_causal_order(row for row in rows if (row.dtype, row.half) == (dtype, half))
         if not every_array and all(row.agreement.passed for row in of_run):
             continue
         branch = tree.add(Text(f"{dtype} {half}", "bold"))
-        for block in dict.fromkeys(row.block for row in of_run):
+        for block in dict.fromkeys(row.block or "" for row in of_run):
             of_block = [row for row in of_run if row.block == block]
             whole = [row for row in of_block if row.layer == block]
             parts = [row for row in of_block if row.mode == "forced" and row.is_sub_layer]
@@ -104,7 +104,8 @@ def block_tree(report: ModelReport, *, every_array: bool = False) -> Tree:
                 continue  # a container whose own code is right
             leaf = branch.add(_block_line(block, whole, of_block))
             for row in parts if every_array else failed:
-                leaf.add(_block_line(row.layer.removeprefix(f"{block}.").removeprefix(block).strip(), [row], [row]))
+                part = (row.layer or "").removeprefix(f"{block}.").removeprefix(block).strip()
+                leaf.add(_block_line(part, [row], [row]))
             if failed and not every_array and len(parts) > len(failed):
                 leaf.add(Text(f"{len(parts) - len(failed)} other parts agree", "dim"))
     return tree

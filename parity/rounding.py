@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from parity.blocks import Arrays, Comparing
-from parity.taps import Call, TorchTap
+from parity.taps import Call, Tap
 
 RUNS = 16
 OWN_RUNS = 8  # in the dtype itself, with weights that are moved by so many units, since those are rounded off again
@@ -54,7 +54,7 @@ class Moving:
 
 
 @contextlib.contextmanager
-def moved_weights(tap: TorchTap, dtype: str, generator: np.random.Generator, units: float = 1.0) -> Iterator[None]:
+def moved_weights(tap: Tap, dtype: str, generator: np.random.Generator, units: float = 1.0) -> Iterator[None]:
     """Moves the weights of a float64 model, as `moved` does, for as long as the context lasts."""
     import torch
 
@@ -71,7 +71,7 @@ def moved_weights(tap: TorchTap, dtype: str, generator: np.random.Generator, uni
                 tensor.copy_(values)
 
 
-def share_weights(wide: TorchTap, narrow: TorchTap) -> None:
+def share_weights(wide: Tap, narrow: Tap) -> None:
     """Gives the same weights to a float64 model and to one of a narrower dtype, which rounds them."""
     import torch
 
@@ -81,6 +81,6 @@ def share_weights(wide: TorchTap, narrow: TorchTap) -> None:
             first.copy_(second)
 
 
-def _weights(tap: TorchTap) -> list:
+def _weights(tap: Tap) -> list:
     tensors = [*tap.model.parameters(), *tap.model.buffers()]
     return [tensor for tensor in tensors if tensor.is_floating_point()]

@@ -116,7 +116,8 @@ def read_report(report: Mapping[str, Any]) -> SavedReport:
         ValueError: it is no such dictionary; the message names the entry.
     """
     _require(isinstance(report, Mapping), "a report", report, "a dictionary with passed, environment and results")
-    results, environment = report.get("results"), report.get("environment") or {}
+    results: Any = report.get("results")
+    environment: Any = report.get("environment") or {}
     _require(isinstance(results, list | tuple), "results", results, "a list of rows")
     _require(isinstance(environment, Mapping), "environment", environment, "a dictionary")
     environment = _allowed(environment)
@@ -125,7 +126,7 @@ def read_report(report: Mapping[str, Any]) -> SavedReport:
     skipped = environment.pop("skipped", None) or {}
     _require(isinstance(skipped, Mapping), "environment.skipped", skipped, "a dictionary, name to reason")
     seconds = _number(environment.pop("seconds", None), "environment.seconds")
-    by_model = {name: [] for name in models}
+    by_model: dict[str, list[Row]] = {name: [] for name in models}
     for index, row in enumerate(results):
         row = _row(row, f"results[{index}]")
         by_model.setdefault(row.model, []).append(row)
@@ -148,7 +149,8 @@ def number(value: float | None) -> str:
 
 def worst(values: list[float | None]) -> float | None:
     """Returns the largest, or None if one of them is not finite: that is the worst there is."""
-    return None if None in values else max(values)
+    finite = [value for value in values if value is not None]
+    return max(finite) if len(finite) == len(values) else None
 
 
 def _row(row: Any, where: str) -> Row:
@@ -159,7 +161,7 @@ def _row(row: Any, where: str) -> Row:
     _require(isinstance(row.get("passed"), bool), f"{where}.passed", row.get("passed"), "true or false")
     order = row.get("order")
     _require(order is None or type(order) is int, f"{where}.order", order, "an integer or null")
-    numbers = {field: _number(row.get(field), f"{where}.{field}") for field in _NUMBER_FIELDS}
+    numbers: dict[str, Any] = {field: _number(row.get(field), f"{where}.{field}") for field in _NUMBER_FIELDS}
     for field, value in numbers.items():
         _require(field == "cosine" or value is None or value >= 0, f"{where}.{field}", value, "0 or more")
     for field in ("half", "kind", "reason", "mode", "block"):

@@ -25,6 +25,12 @@ class Observer(Protocol):
         """After a call."""
 
 
+class Runnable(Protocol):
+    """What can be run under the eyes of an observer; see `Tap.run`."""
+
+    def run(self, observer: Observer | None = None, **options: Any) -> dict[str, np.ndarray]: ...
+
+
 class Tap:
     """A model, a way to call it, and the names of its layers.
 
@@ -250,12 +256,13 @@ def _tensors(tree: Any, tap: Tap) -> Iterator[Any]:
 def _rebuilt(tree: Any, tensors: Iterator[Any], tap: Tap) -> Any:
     if tap.is_tensor(tree):
         return next(tensors)
+    kind: Any = type(tree)
     if isinstance(tree, Mapping):
-        return type(tree)({name: _rebuilt(value, tensors, tap) for name, value in tree.items()})
+        return kind({name: _rebuilt(value, tensors, tap) for name, value in tree.items()})
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(_rebuilt(value, tensors, tap) for value in tree))
+        return kind(*(_rebuilt(value, tensors, tap) for value in tree))
     if isinstance(tree, (list, tuple)):
-        return type(tree)(_rebuilt(value, tensors, tap) for value in tree)
+        return kind(_rebuilt(value, tensors, tap) for value in tree)
     return tree
 
 

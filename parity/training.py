@@ -7,6 +7,7 @@ before the correction of the bias, torch after it, so torch gets an epsilon of i
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -52,16 +53,17 @@ def torch_steps(
 
     model = halves.BUILD["torch"](config, weights, "float64").train()
     names = dict(model.named_parameters())
+    steps: torch.optim.Optimizer
     if optimizer == "sgd":
         steps = torch.optim.SGD(names.values(), LEARNING_RATE, momentum=MOMENTUM)
     else:
-        kind = torch.optim.AdamW if optimizer == "adamw" else torch.optim.Adam
-        decay = {"weight_decay": WEIGHT_DECAY} if optimizer == "adamw" else {}
-        steps = kind(names.values(), LEARNING_RATE, betas=(BETA_1, BETA_2), eps=EPSILON, **decay)
+        adam = torch.optim.AdamW if optimizer == "adamw" else torch.optim.Adam
+        decay: dict[str, Any] = {"weight_decay": WEIGHT_DECAY} if optimizer == "adamw" else {}
+        steps = adam(names.values(), LEARNING_RATE, betas=(BETA_1, BETA_2), eps=EPSILON, **decay)
     inputs = torch.from_numpy(images), torch.from_numpy(labels)
     masks = _masks()
 
-    def draw_mask(self, x):
+    def draw_mask(self: Any, x: Any) -> Any:
         return torch.from_numpy(next(masks)(self.rate, x.ndim))
 
     with _patched(DropPath, draw_mask):
@@ -98,7 +100,7 @@ def keras_steps(
 
     masks = _masks()
 
-    def draw_mask(self, x):
+    def draw_mask(self: Any, x: Any) -> Any:
         return tf.constant(next(masks)(self.rate, len(x.shape)))
 
     with _float64_keras(), _patched(DropPath, draw_mask), keras.device("cpu:0"):
@@ -148,12 +150,16 @@ def compare_steps(
     return worst
 
 
+def _mask(draw: np.ndarray, rate: float, axes: int) -> np.ndarray:
+    return (draw >= rate).astype(np.float64).reshape((BATCH,) + (1,) * (axes - 1))
+
+
 def _masks() -> Iterator[Callable[[float, int], np.ndarray]]:
     """Yields functions that draw a mask for a rate and a number of axes: the same ones for both halves."""
     generator = np.random.default_rng(0)
     while True:
         draw = generator.random(BATCH)
-        yield lambda rate, axes, draw=draw: (draw >= rate).astype(np.float64).reshape((BATCH,) + (1,) * (axes - 1))
+        yield functools.partial(_mask, draw)
 
 
 @contextlib.contextmanager

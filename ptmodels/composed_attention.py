@@ -6,6 +6,7 @@ Tiles of queries meet their halos of keys (`neighborhood.tiles`) in dense produc
 import contextlib
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,13 +69,13 @@ class _Namespace:
     def __init__(self, device: torch.device):
         self.device = device
 
-    def arange(self, stop, dtype: str) -> Tensor:
+    def arange(self, stop: Any, dtype: str) -> Tensor:
         return torch.arange(stop, dtype=getattr(torch, dtype), device=self.device)
 
     def take(self, x: Tensor, index: Tensor, axis: int) -> Tensor:
         return x.index_select(axis, index)
 
-    def maximum(self, x, y):
+    def maximum(self, x: Any, y: Any) -> Any:
         return torch.maximum(x, y) if isinstance(x, Tensor) else torch.sym_max(x, y)
 
     minimum, where, reshape = staticmethod(torch.minimum), staticmethod(torch.where), staticmethod(torch.reshape)
@@ -118,15 +119,15 @@ def sharing_tiles() -> Iterator[None]:
         _shared = before
 
 
-def _surely_equal(first, second) -> bool:
+def _surely_equal(first: Any, second: Any) -> bool:
     return statically_known_true(first == second)
 
 
-def _index_on(array, x: Tensor) -> Tensor:
+def _index_on(array: Any, x: Tensor) -> Tensor:
     return array if isinstance(array, Tensor) else torch.as_tensor(array, device=x.device)
 
 
-def _split(x: Tensor, positions, tiles, elements: int) -> Tensor:
+def _split(x: Tensor, positions: Any, tiles: Any, elements: int) -> Tensor:
     """Gathers (B, *spatial, heads, channels) into (B, tiles, heads, elements of a tile, channels)."""
     batch, heads, channels = x.shape[0], x.shape[-2], x.shape[-1]
     x = x.flatten(1, -3).flatten(2).index_select(1, _index_on(positions, x))

@@ -3,6 +3,8 @@
 Twin: `tfmodels/features.py`.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -10,7 +12,7 @@ from modelspec.feature_kinds import CLS_BEFORE_NORM, chosen_kind
 from ptmodels.pretrained import PreTrainedModel
 
 
-def extract_features(model: PreTrainedModel, pixel_values, kind: str | None = None) -> np.ndarray:
+def extract_features(model: PreTrainedModel, pixel_values: Any, kind: str | None = None) -> np.ndarray:
     """Returns one vector for each image; the model is put into evaluation mode.
 
     Args:

@@ -1,14 +1,18 @@
 """Training only the later stages of a model. Twin: `tfmodels/freezing.py`."""
 
+from typing import Self
+
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from modelspec.configs import ModelConfig
 from modelspec.parameter_groups import frozen_keys
 
 
-class Freezing:
+class Freezing(nn.Module):
     """What models have for it; goes before `nn.Module` among the bases."""
 
+    config: ModelConfig
     _frozen: frozenset[str] = frozenset()
 
     def freeze(self, upto: str) -> None:
@@ -36,7 +40,7 @@ class Freezing:
             parameter.requires_grad_(True)
         self.train(self.training)
 
-    def train(self, mode: bool = True) -> nn.Module:
+    def train(self, mode: bool = True) -> Self:
         """As of `nn.Module`, but for batch normalization in frozen stages."""
         super().train(mode)
         for name, module in self.named_modules():

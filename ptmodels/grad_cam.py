@@ -5,6 +5,7 @@ Paper: Selvaraju et al., Grad-CAM: Visual Explanations from Deep Networks via Gr
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ import torch
 from ptmodels.pretrained import PreTrainedModel
 
 
-def grad_cam(model: PreTrainedModel, pixel_values, label: int | None = None) -> np.ndarray:
+def grad_cam(model: PreTrainedModel, pixel_values: Any, label: int | None = None) -> np.ndarray:
     """Returns how much each part of an image argues for a class.
 
     The channels of a map, weighted by the mean gradient of the class's logit with respect to them, summed, and negative
@@ -37,7 +38,7 @@ def grad_cam(model: PreTrainedModel, pixel_values, label: int | None = None) -> 
 
 
 def grad_cam_and_logits(
-    model: PreTrainedModel, pixel_values, label: int | None = None
+    model: PreTrainedModel, pixel_values: Any, label: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """As `grad_cam`, and also returns the logits (num_labels,) float64."""
     if model.get_body() is model or model.config.num_labels == 0:
@@ -63,8 +64,8 @@ def grad_cam_and_logits(
     finally:
         for module, mode in modes.items():
             module.training = mode
-    features, gradient = (_as_map(model, x, images.shape[2:]) for x in (features, gradient))
-    heat = np.maximum(features @ gradient.mean(axis=(0, 1)), 0.0)
+    maps, gradients = (_as_map(model, x, tuple(images.shape[2:])) for x in (features, gradient))
+    heat = np.maximum(maps @ gradients.mean(axis=(0, 1)), 0.0)
     return heat / (heat.max() or 1.0), logits[0].detach().cpu().double().numpy()
 
 
@@ -74,7 +75,7 @@ def _features_and_head(
     """Returns the features to explain, and the function that makes logits of them."""
     if model.config.model_type != "vit_msn":
         return model.forward_features(images), model.forward_head
-    body = model.get_body()
+    body: Any = model.get_body()
     layer = body.encoder.layer[-1]
     before = body(images, output_hidden_states=True, return_dict=True).hidden_states[-2]
 
@@ -89,7 +90,7 @@ def _features_and_head(
     return layer.layernorm_before(before), head
 
 
-def _as_map(model: PreTrainedModel, features: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
+def _as_map(model: PreTrainedModel, features: torch.Tensor, size: tuple[int, ...]) -> np.ndarray:
     """Returns features, or gradients, of an image of that height and width as (H', W', C) float64."""
     array = features[0].detach().cpu().double().numpy()
     if model.config.model_type == "vit_msn":

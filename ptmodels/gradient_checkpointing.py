@@ -4,6 +4,7 @@ Source: Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016 (arXiv:
 """
 
 import contextlib
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 ALLOWED = {"use_reentrant": False, "every_n_layers": 1, "offload": False}
 
 
-class GradientCheckpointing:
+class GradientCheckpointing(nn.Module):
     """What models have for it; goes before `nn.Module` among the bases."""
 
     def gradient_checkpointing_enable(
@@ -60,7 +61,7 @@ class BlockSequence(nn.Module):
 
     gradient_checkpointing = False
 
-    def run_block(self, block: nn.Module, *inputs, **options):
+    def run_block(self, block: nn.Module, *inputs: Any, **options: Any) -> Any:
         """Returns `block(*inputs, **options)`.
 
         Args:
@@ -71,7 +72,7 @@ class BlockSequence(nn.Module):
         if not self.training or not self.gradient_checkpointing:
             return block(*inputs, **options)
 
-        def contexts():
+        def contexts() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
             return contextlib.nullcontext(), _CopiedBuffers(block)
 
         if not torch.compiler.is_compiling():  # the compiler takes no contexts, and repeats no updates by itself
@@ -84,14 +85,14 @@ class _CopiedBuffers:
 
     def __init__(self, module: nn.Module):
         self.module = module
-        self.buffers = []
+        self.buffers: list[tuple[nn.Module, str, torch.Tensor]] = []
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         for module in self.module.modules():
             self.buffers.extend((module, name, buffer) for name, buffer in module.named_buffers(recurse=False))
         for module, name, buffer in self.buffers:
             setattr(module, name, buffer.clone())
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         while self.buffers:
             setattr(*self.buffers.pop())

@@ -127,7 +127,7 @@ class NeighborhoodAttention(nn.Module):
         qkv = self.qkv(x).reshape(*sizes, 3, self.num_heads, -1)
         query, key, value = qkv.unbind(-3)  # (B, *spatial, heads, head_dim)
         dropout = self.attn_drop if self.training and self.attn_drop.p > 0 else None
-        output = neighborhood_attention(
+        attended = neighborhood_attention(
             *(query, key, value, self.kernel_size, self.dilation),
             rel_pos_bias=self.rpb,
             scale=self.qk_scale,
@@ -135,9 +135,9 @@ class NeighborhoodAttention(nn.Module):
             return_probabilities=output_attentions,
             implementation=self.implementation,
         )
-        output, attentions = output if output_attentions else (output, None)
+        output, attentions = attended if isinstance(attended, tuple) else (attended, None)
         output = self.proj_drop(self.proj(output.reshape(*sizes, self.embed_dim)))
-        return (output, attentions) if output_attentions else output
+        return output if attentions is None else (output, attentions)
 
     def extra_repr(self) -> str:
         return f"kernel_size={self.kernel_size}, dilation={self.dilation}, num_heads={self.num_heads}"

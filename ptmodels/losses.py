@@ -3,10 +3,11 @@
 import torch
 from torch.nn import functional
 
+from modelspec.configs import ModelConfig
 from modelspec.problem_types import resolve_problem_type
 
 
-def image_classification_loss(config, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+def image_classification_loss(config: ModelConfig, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """Returns the mean loss of a classification head, a scalar.
 
     Args:

@@ -5,22 +5,21 @@ Neighborhood Attention Transformer, 2022 (arXiv:2209.15001). Keys and behaviour:
 Maps are (B, H, W, C) throughout.
 """
 
+from typing import Any, TypeVar
+
 import torch
 from torch import nn
 
-from modelspec.configs import (
-    BackboneOutput,
-    ImageClassifierOutputWithReshapedStates,
-    ModelOutputWithReshapedStates,
-    NatConfig,
-)
-from modelspec.configs.nat import NeighborhoodConfig
+from modelspec.configs import BackboneOutput, ImageClassifierOutputWithReshapedStates, ModelOutputWithReshapedStates
+from modelspec.configs.nat import NatConfig, NeighborhoodConfig
+from modelspec.configs.outputs import ModelOutput
 from ptmodels.gradient_checkpointing import BlockSequence
 from ptmodels.layers import DropPath, get_activation, resize_map
 from ptmodels.losses import image_classification_loss
 from ptmodels.ops import neighborhood_attention
 from ptmodels.pretrained import PreTrainedModel
 
+Output = TypeVar("Output", bound=ModelOutput)
 FIXED_EPS = 1e-5  # of the norms that `layer_norm_eps` does not reach
 
 
@@ -38,7 +37,7 @@ class NatPatchEmbeddings(nn.Module):
         )
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        x = pixel_values.to(self.projection[0].weight.dtype)
+        x = pixel_values.to(self.projection[0].weight.dtype)  # type: ignore[arg-type]  # for torch, whatever a module has may be a module
         for convolution in self.projection:
             x = convolution(x)
         return x.permute(0, 2, 3, 1)
@@ -86,7 +85,7 @@ class NatSelfAttention(nn.Module):
     def forward(
         self, x: torch.Tensor, output_attentions: bool = False, implementation: str = "auto"
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        output = neighborhood_attention(
+        attended = neighborhood_attention(
             self.split_heads(self.query(x)),
             self.split_heads(self.key(x)),
             self.split_heads(self.value(x)),
@@ -97,7 +96,7 @@ class NatSelfAttention(nn.Module):
             return_probabilities=output_attentions,
             implementation=implementation,
         )
-        output, probabilities = output if output_attentions else (output, None)
+        output, probabilities = attended if isinstance(attended, tuple) else (attended, None)
         if probabilities is not None:
             probabilities = probabilities.permute(0, 3, 1, 2, 4)
         return output.flatten(-2), probabilities
@@ -241,7 +240,8 @@ class NatEncoder(nn.Module):
     def forward(
         self, x: torch.Tensor, output_attentions: bool = False, implementation: str = "auto"
     ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor | None]]:
-        before, after, attentions = [x], [x], []
+        before, after = [x], [x]
+        attentions: list = []
         for level in self.levels:
             outputs = level(after[-1], output_attentions=output_attentions, implementation=implementation)
             for collected, output in zip((before, after, attentions), outputs, strict=True):
@@ -252,7 +252,7 @@ class NatEncoder(nn.Module):
 class NatModel(PreTrainedModel):
     """The bare NAT."""
 
-    config_class = NatConfig
+    config_class: type[NeighborhoodConfig] = NatConfig
     constructor_arguments = ("add_pooling_layer",)
 
     def __init__(self, config: NeighborhoodConfig, add_pooling_layer: bool = True):
@@ -301,7 +301,9 @@ class NatModel(PreTrainedModel):
             return output.to_tuple()
         return with_reshaped_states(output)
 
-    def encode(self, pixel_values: torch.Tensor | None, output_attentions: bool):
+    def encode(
+        self: "NatModel | NatBackbone", pixel_values: torch.Tensor | None, output_attentions: bool
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor | None]]:
         """Runs stem and stages; returns what `NatEncoder` does."""
         implementation = "composed" if self.attn_implementation == "eager" else "auto"
         x = self.embeddings(self.check_pixel_values(pixel_values))
@@ -311,7 +313,7 @@ class NatModel(PreTrainedModel):
 class NatForImageClassification(PreTrainedModel):
     """NAT with a linear classifier on the mean of the last map."""
 
-    config_class = NatConfig
+    config_class: type[NeighborhoodConfig] = NatConfig
     body_class = NatModel
 
     def __init__(self, config: NeighborhoodConfig):
@@ -368,7 +370,7 @@ class NatForImageClassification(PreTrainedModel):
 class NatBackbone(PreTrainedModel):
     """NAT for detection and segmentation heads: normalised maps of the stages that `config.out_features` names."""
 
-    config_class = NatConfig
+    config_class: type[NeighborhoodConfig] = NatConfig
 
     def __init__(self, config: NeighborhoodConfig):
         super().__init__(config)
@@ -419,14 +421,16 @@ class NatBackbone(PreTrainedModel):
         )
         return output if options.return_dict else output.to_tuple()
 
-    def forward_features(self, pixel_values: torch.Tensor, **options) -> tuple[torch.Tensor, ...]:
+    def forward_features(  # type: ignore[override]  # of a backbone, features are several maps
+        self, pixel_values: torch.Tensor, **options: Any
+    ) -> tuple[torch.Tensor, ...]:
         """Returns the feature maps."""
         return self(pixel_values, **options, return_dict=True).feature_maps
 
     encode = NatModel.encode
 
 
-def with_reshaped_states(output):
+def with_reshaped_states(output: Output) -> Output:
     """Adds `reshaped_hidden_states`, each (B, C, H, W), where there are hidden states."""
     if output.hidden_states is not None:
         output.reshaped_hidden_states = tuple(x.permute(0, 3, 1, 2) for x in output.hidden_states)

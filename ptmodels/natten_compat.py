@@ -14,6 +14,7 @@ order.
 import importlib.machinery
 import sys
 import types
+from typing import Any
 
 from torch import Tensor
 
@@ -80,8 +81,8 @@ def install() -> None:
             setattr(natten.functional, function.__name__, function)
 
 
-def _made_up_module(name: str) -> types.ModuleType:
-    module = types.ModuleType(name, "Stands in for natten: only what ptmodels.natten_compat offers.")
+def _made_up_module(name: str) -> Any:
+    module: Any = types.ModuleType(name, "Stands in for natten: only what ptmodels.natten_compat offers.")
     module.__spec__ = importlib.machinery.ModuleSpec(name, None)
     module.__path__ = []
     sys.modules[name] = module

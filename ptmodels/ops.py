@@ -5,6 +5,7 @@ which runs anywhere. Source: Hassani et al., Neighborhood Attention Transformer,
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -34,6 +35,48 @@ except ImportError:  # not of the public interface
 _DTYPES = {getattr(torch, name): name for name in native.DTYPES}
 
 
+@overload
+def neighborhood_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: PerAxis,
+    dilation: PerAxis = ...,
+    *,
+    rel_pos_bias: Tensor | None = ...,
+    scale: float | None = ...,
+    dropout: Callable[[Tensor], Tensor] | None = ...,
+    return_probabilities: Literal[False] = ...,
+    implementation: str = ...,
+) -> Tensor: ...
+@overload
+def neighborhood_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: PerAxis,
+    dilation: PerAxis = ...,
+    *,
+    rel_pos_bias: Tensor | None = ...,
+    scale: float | None = ...,
+    dropout: Callable[[Tensor], Tensor] | None = ...,
+    return_probabilities: Literal[True],
+    implementation: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def neighborhood_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: PerAxis,
+    dilation: PerAxis = ...,
+    *,
+    rel_pos_bias: Tensor | None = ...,
+    scale: float | None = ...,
+    dropout: Callable[[Tensor], Tensor] | None = ...,
+    return_probabilities: bool,
+    implementation: str = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def neighborhood_attention(
     query: Tensor,
     key: Tensor,
@@ -175,7 +218,7 @@ def _find_gradients(grad_output, query, key, value, rel_pos_bias, logsumexp, ker
 def _call(direction: str, tensors: Sequence[Tensor | None], kernel_size, dilation, scale: float) -> None:
     tensors = [None if tensor is None else tensor.contiguous() for tensor in tensors]
     addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    query = tensors[0]
+    query: Any = tensors[0]
     sizes = (query.shape, kernel_size, dilation)
     native.run_at(direction, addresses, _DTYPES[query.dtype], *sizes, scale, torch.get_num_threads())
 
@@ -264,7 +307,7 @@ def _double_backward(ctx, *grads):
 
     `logsumexp` follows from the other inputs, whose second derivatives hold its part.
     """
-    saved = [None if tensor is None else tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+    saved: list[Any] = [None if tensor is None else tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
     grad_output, query, key, value, rel_pos_bias = saved
     inputs = [tensor for tensor in saved if tensor is not None]
     grads = grads if rel_pos_bias is not None else grads[:3]

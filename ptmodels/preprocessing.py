@@ -85,7 +85,7 @@ def convert_channels(images: torch.Tensor, num_channels: int) -> torch.Tensor:
 
 def resize(images: torch.Tensor, height: int, width: int, resample: int) -> torch.Tensor:
     """Resizes (B, C, H, W) uint8 as Pillow does; see `modelspec.images.resampling`."""
-    first = height_comes_first(*images.shape[2:], height, width)
+    first = height_comes_first(images.shape[2], images.shape[3], height, width)
     for axis in (2, 3) if first else (3, 2):
         images = _resize_axis(images, axis, (height, width)[axis - 2], resample)
     return images

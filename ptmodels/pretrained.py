@@ -2,11 +2,14 @@
 
 import collections
 import os
+from typing import Any, Literal, Self, overload
 
+import numpy as np
 import torch
 from torch import nn
 
 from modelspec.checkpoints import MAX_SHARD_SIZE, RawTensor, initial_weights, open_checkpoint, write_checkpoint
+from modelspec.checkpoints.matching import LoadReport
 from modelspec.configs import ModelConfig
 from modelspec.configs.outputs import ModelOutput
 from modelspec.images import ImageProcessor
@@ -101,7 +104,7 @@ class PreTrainedModel(Freezing, GradientCheckpointing, nn.Module):
         """Per stage (ViT-MSN: per layer): its `module` in the bare model, `num_chs` and `reduction`, as timm has it."""
         return self.config.feature_info
 
-    def forward_features(self, pixel_values: torch.Tensor, **options) -> torch.Tensor:
+    def forward_features(self, pixel_values: torch.Tensor, **options: Any) -> torch.Tensor:
         """Returns the bare model's `last_hidden_state` of `pixel_values`; `options` are those of its call."""
         return self.get_body()(pixel_values, **options, return_dict=True).last_hidden_state
 
@@ -166,7 +169,15 @@ class PreTrainedModel(Freezing, GradientCheckpointing, nn.Module):
         )
 
     @classmethod
-    def from_weights(cls, config: ModelConfig, tensors: dict, *, dtype=None, attn_implementation="sdpa", **kwargs):
+    def from_weights(
+        cls,
+        config: ModelConfig,
+        tensors: dict[str, np.ndarray],
+        *,
+        dtype: str | torch.dtype | None = None,
+        attn_implementation: str = "sdpa",
+        **kwargs: Any,
+    ) -> Self:
         """Makes a model from a config and all its weights, without drawing any.
 
         Args:
@@ -176,18 +187,50 @@ class PreTrainedModel(Freezing, GradientCheckpointing, nn.Module):
             attn_implementation: see `set_attn_implementation`.
             **kwargs: further constructor arguments.
         """
-        dtype = _torch_dtype(dtype)
+        wanted = _torch_dtype(dtype)
         with torch.device("meta"):
             model = cls(config, **kwargs)
         state = {}
         for key, value in tensors.items():
             tensor = torch.from_numpy(value)
             # a copy, since the arrays stay the caller's
-            state[key] = tensor.to(dtype, copy=True) if tensor.is_floating_point() else tensor.clone()
+            state[key] = tensor.to(wanted, copy=True) if tensor.is_floating_point() else tensor.clone()
         model.load_state_dict(state, assign=True)
         model.set_attn_implementation(attn_implementation)
         return model
 
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike,
+        *,
+        config: ModelConfig | None = ...,
+        num_labels: int | None = ...,
+        dtype: str | torch.dtype | None = ...,
+        torch_dtype: str | torch.dtype | None = ...,
+        attn_implementation: str = ...,
+        revision: str | None = ...,
+        ignore_mismatched_sizes: bool = ...,
+        output_loading_info: Literal[False] = ...,
+        **kwargs: Any,
+    ) -> Self: ...
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike,
+        *,
+        config: ModelConfig | None = ...,
+        num_labels: int | None = ...,
+        dtype: str | torch.dtype | None = ...,
+        torch_dtype: str | torch.dtype | None = ...,
+        attn_implementation: str = ...,
+        revision: str | None = ...,
+        ignore_mismatched_sizes: bool = ...,
+        output_loading_info: Literal[True],
+        **kwargs: Any,
+    ) -> tuple[Self, LoadReport]: ...
     @classmethod
     def from_pretrained(
         cls,
@@ -201,8 +244,8 @@ class PreTrainedModel(Freezing, GradientCheckpointing, nn.Module):
         revision: str | None = None,
         ignore_mismatched_sizes: bool = False,
         output_loading_info: bool = False,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> Any:
         """Loads a checkpoint, in evaluation mode.
 
         A head that the file lacks, or one for another number of labels than asked for, is newly initialised from

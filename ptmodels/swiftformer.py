@@ -4,6 +4,8 @@ Paper: Shaker et al., SwiftFormer: Efficient Additive Attention for Transformer-
 Applications, ICCV 2023 (arXiv:2303.15446). Keys and behaviour: the Hugging Face implementation.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -38,7 +40,7 @@ class SwiftFormerPatchEmbedding(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.to(self.patch_embedding[0].weight.dtype)
+        x = x.to(self.patch_embedding[0].weight.dtype)  # type: ignore[arg-type]  # for torch, whatever a module has may be a module
         for layer in self.patch_embedding:
             x = layer(x)
         return x
@@ -194,7 +196,8 @@ class SwiftFormerEncoder(nn.Module):
 
     def __init__(self, config: SwiftFormerConfig):
         super().__init__()
-        dims, network = config.embed_dims, []
+        dims = config.embed_dims
+        network: list[nn.Module] = []
         for stage, drop_paths in enumerate(config.drop_paths):
             network.append(SwiftFormerStage(config, dims[stage], drop_paths))
             if config.has_downsampling(stage):
@@ -355,6 +358,8 @@ class SwiftFormerBackbone(PreTrainedModel):
         )
         return output if options.return_dict else output.to_tuple()
 
-    def forward_features(self, pixel_values: torch.Tensor, **options) -> tuple[torch.Tensor, ...]:
+    def forward_features(  # type: ignore[override]  # of a backbone, features are several maps
+        self, pixel_values: torch.Tensor, **options: Any
+    ) -> tuple[torch.Tensor, ...]:
         """Returns the feature maps."""
         return self(pixel_values, **options, return_dict=True).feature_maps

@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,15 +12,18 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from modelspec.parameter_groups import frozen_keys, has_weight_decay, learning_rate_scale
 from modelspec.training import EvaluationBatches, Recipe, TrainingBatches, TrainingState, matching_state
+from ptmodels.pretrained import PreTrainedModel
+
+OnStep = Callable[[int, int, float], None]
 
 
 def fine_tune(
-    model,
+    model: PreTrainedModel,
     batches: TrainingBatches,
     *,
     validation: EvaluationBatches | None = None,
     state_path: str | os.PathLike | None = None,
-    on_step: Callable[[int, int, float], None] | None = None,
+    on_step: OnStep | None = None,
     on_epoch: Callable[[TrainingState], None] | None = None,
 ) -> dict[str, list[float]]:
     """Trains a classifier as the recipe of `batches` says, where the model is.
@@ -58,7 +62,7 @@ def fine_tune(
         steps.restore(state)
         history = {name: list(values) for name, values in state.history.items()}
     if recipe.distillation:
-        model.set_distilled_training(True)
+        model.set_distilled_training(True)  # type: ignore[operator]  # which `check_recipe` has seen
     try:
         for epoch in range(0 if state is None else state.epoch, recipe.epochs):
             found = _train_epoch(model, batches, epoch, steps, on_step)
@@ -75,7 +79,7 @@ def fine_tune(
                 on_epoch(reached)
     finally:
         if recipe.distillation:
-            model.set_distilled_training(False)
+            model.set_distilled_training(False)  # type: ignore[operator]
     with torch.no_grad():
         for parameter, measured in zip(model.parameters(), steps.measured_model.parameters(), strict=True):
             parameter.copy_(measured)
@@ -83,7 +87,7 @@ def fine_tune(
     return history
 
 
-def check_recipe(model, recipe: Recipe) -> None:
+def check_recipe(model: PreTrainedModel, recipe: Recipe) -> None:
     """Raises if a model cannot be trained by a recipe.
 
     Raises:
@@ -96,7 +100,7 @@ def check_recipe(model, recipe: Recipe) -> None:
 
 
 def recipe_optimizer(
-    model, recipe: Recipe, steps_per_epoch: int
+    model: PreTrainedModel, recipe: Recipe, steps_per_epoch: int
 ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
     """Returns the optimizer of a recipe for the parameters of a model that are trained now, and its schedule.
 
@@ -125,22 +129,22 @@ def recipe_optimizer(
     return optimizer, schedule
 
 
-def evaluate(model, batches: EvaluationBatches, recipe: Recipe | None = None) -> dict[str, float]:
+def evaluate(model: PreTrainedModel, batches: EvaluationBatches, recipe: Recipe | None = None) -> dict[str, float]:
     """Returns `loss` (smoothed as the recipe says) and `accuracy` of a model, in evaluation mode."""
     smoothing = 0.0 if recipe is None else recipe.label_smoothing
     model.eval()
     total, right, count = 0.0, 0, 0
     with torch.inference_mode(), _precision(model, recipe):
-        for pixel_values, targets in batches:
+        for pixel_values, labels in batches:
             logits = model(torch.from_numpy(pixel_values).to(model.device)).logits
-            targets = torch.from_numpy(targets).to(logits.device)
+            targets = torch.from_numpy(labels).to(logits.device)
             total += float(_loss(logits, targets, smoothing)) * len(targets)
             right += _right(logits, targets)
             count += len(targets)
     return {"loss": total / count, "accuracy": right / count}
 
 
-def predict_logits(model, batches: EvaluationBatches) -> np.ndarray:
+def predict_logits(model: PreTrainedModel, batches: EvaluationBatches) -> np.ndarray:
     """Returns the logits (N, num_labels) of all images of `batches`, float32 or the model's own dtype."""
     model.eval()
     with torch.inference_mode():
@@ -148,7 +152,7 @@ def predict_logits(model, batches: EvaluationBatches) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def teacher_logits(model) -> Callable[[np.ndarray], np.ndarray]:
+def teacher_logits(model: PreTrainedModel) -> Callable[[np.ndarray], np.ndarray]:
     """Returns a function from pixel values (B, C, H, W) to a model's logits (B, num_labels), as arrays."""
 
     def logits(pixel_values: np.ndarray) -> np.ndarray:
@@ -159,7 +163,9 @@ def teacher_logits(model) -> Callable[[np.ndarray], np.ndarray]:
     return logits
 
 
-def _train_epoch(model, batches: TrainingBatches, epoch: int, steps: "_Steps", on_step) -> dict[str, float]:
+def _train_epoch(
+    model: PreTrainedModel, batches: TrainingBatches, epoch: int, steps: "_Steps", on_step: OnStep | None
+) -> dict[str, float]:
     recipe = batches.recipe
     model.train()
     torch.manual_seed(int(np.random.SeedSequence([recipe.seed, epoch]).generate_state(1)[0]))
@@ -194,7 +200,7 @@ def _ahead(batches: TrainingBatches, epoch: int) -> Iterator[tuple[np.ndarray, n
             yield part
 
 
-def _precision(model, recipe: Recipe | None) -> contextlib.AbstractContextManager:
+def _precision(model: PreTrainedModel, recipe: Recipe | None) -> contextlib.AbstractContextManager:
     mixed = recipe is not None and recipe.mixed_precision
     return torch.autocast(model.device.type, torch.bfloat16) if mixed else contextlib.nullcontext()
 
@@ -212,7 +218,7 @@ def _right(logits: torch.Tensor, targets: torch.Tensor) -> int:
     return int((logits.argmax(-1) == targets.argmax(-1)).sum())
 
 
-def _clip(model, limit: float | None) -> None:
+def _clip(model: PreTrainedModel, limit: float | None) -> None:
     """Scales all gradients down to a norm of `limit`; torch's own function falls 1e-6 short of it."""
     if limit is None:
         return
@@ -224,7 +230,7 @@ def _clip(model, limit: float | None) -> None:
 class _Steps:
     """The optimizer of a model, its schedule, and the moving average of the weights, which go together."""
 
-    def __init__(self, model, recipe: Recipe, steps_per_epoch: int):
+    def __init__(self, model: PreTrainedModel, recipe: Recipe, steps_per_epoch: int):
         self.model, self.recipe, self.steps_per_epoch = model, recipe, steps_per_epoch
         self.optimizer, self.schedule = recipe_optimizer(model, recipe, steps_per_epoch)
         self.averaged = None
@@ -233,7 +239,7 @@ class _Steps:
         self.trained = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
 
     @property
-    def measured_model(self):
+    def measured_model(self) -> Any:
         """The one with the averages, or the only one."""
         return self.model if self.averaged is None else self.averaged.module
 

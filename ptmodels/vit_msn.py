@@ -4,6 +4,8 @@ Paper: Assran et al., Masked Siamese Networks for Label-Efficient Learning, ECCV
 a pre-norm Vision Transformer (arXiv:2010.11929). Keys and behaviour: the Hugging Face implementation.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -51,7 +53,7 @@ class ViTMSNEmbeddings(nn.Module):
                 "pass interpolate_pos_encoding=True for other sizes"
             )
         patches = self.patch_embeddings(pixel_values)  # (B, h, w, C)
-        positions = self.position_embeddings
+        positions: torch.Tensor = self.position_embeddings
         if interpolate_pos_encoding:
             positions = self.interpolate_positions(patches.shape[1], patches.shape[2])
         tokens = patches.flatten(1, 2)  # (B, N, C)
@@ -387,6 +389,8 @@ class ViTMSNBackbone(PreTrainedModel):
         )
         return output if options.return_dict else output.to_tuple()
 
-    def forward_features(self, pixel_values: torch.Tensor, **options) -> tuple[torch.Tensor, ...]:
+    def forward_features(  # type: ignore[override]  # of a backbone, features are several maps
+        self, pixel_values: torch.Tensor, **options: Any
+    ) -> tuple[torch.Tensor, ...]:
         """Returns the feature maps."""
         return self(pixel_values, **options, return_dict=True).feature_maps

@@ -1,8 +1,9 @@
 """Making and loading a model by name: the class is picked from the config. Twin: `ptmodels/auto.py`."""
 
 import os
+from typing import Any, Literal, overload
 
-from modelspec.checkpoints import initial_weights, parameter_shapes
+from modelspec.checkpoints import LoadReport, initial_weights, parameter_shapes
 from modelspec.configs import get_config, load_config
 from tfmodels.dinat import TFDinatBackbone, TFDinatForImageClassification, TFDinatModel
 from tfmodels.nat import TFNatBackbone, TFNatForImageClassification, TFNatModel
@@ -50,7 +51,7 @@ def create_model(
     seed: int = 0,
     architecture: str = "ForImageClassification",
     config_overrides: dict | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> TFPreTrainedModel:
     """Makes a published variant with fresh weights, the same numbers in both frameworks for the same seed.
 
@@ -78,7 +79,15 @@ def create_model(
     return cls.from_weights(config, initial_weights(config, shapes, seed), **kwargs)
 
 
-def load(source: str | os.PathLike, *, revision: str | None = None, **kwargs) -> TFPreTrainedModel:
+@overload
+def load(
+    source: str | os.PathLike, *, revision: str | None = ..., output_loading_info: Literal[False] = ..., **kwargs: Any
+) -> TFPreTrainedModel: ...
+@overload
+def load(
+    source: str | os.PathLike, *, revision: str | None = ..., output_loading_info: Literal[True], **kwargs: Any
+) -> tuple[TFPreTrainedModel, LoadReport]: ...
+def load(source: str | os.PathLike, *, revision: str | None = None, **kwargs: Any) -> Any:
     """Loads a checkpoint into the class that its `config.json` names (`architectures`), else the one with a head.
 
     Args:

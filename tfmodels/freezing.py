@@ -2,12 +2,15 @@
 
 import keras
 
+from modelspec.configs import ModelConfig
 from modelspec.parameter_groups import frozen_keys
 from tfmodels.weights import checkpoint_variables
 
 
 class Freezing:
     """What models have for it; goes before `keras.Model` among the bases."""
+
+    config: ModelConfig
 
     def freeze(self, upto: str) -> None:
         """Leaves all stages up to and with `upto` out of training, besides those that are left out already.

@@ -3,12 +3,16 @@
 Source: Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016 (arXiv:1604.06174), with blocks as segments.
 """
 
+from collections.abc import Callable
+
 import keras
 from keras import ops
 
 
 class GradientCheckpointing:
     """What models have for it; goes before `keras.Model` among the bases."""
+
+    _flatten_layers: Callable  # of `keras.Model`
 
     def gradient_checkpointing_enable(self) -> None:
         """Makes training keep only what goes into each block, and compute the rest a second time for the gradients.
@@ -61,7 +65,9 @@ class BlockSequence(keras.layers.Layer):
 def _recomputed(block: keras.layers.Layer, x, options: dict):
     # what is no argument of the function that Keras repeats gets no gradient
     tensors = {name: value for name, value in options.items() if _is_differentiable(value)}
-    values_before, updates, pattern = [], [], []
+    values_before: list[tuple] = []
+    updates: list[tuple] = []
+    pattern: list = []
 
     def run(x, *values):
         with _WithheldUpdates(values_before) as scope:
@@ -93,7 +99,7 @@ class _WithheldUpdates(keras.StatelessScope):
 
     def __init__(self, values: list[tuple]):
         super().__init__(values)
-        self.updates = {}
+        self.updates: dict[int, tuple] = {}
 
     def add_update(self, update):
         super().add_update(update)

@@ -5,6 +5,7 @@ and corrected where Keras computes something else than PyTorch. All of them work
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import keras
 from keras import ops
@@ -57,7 +58,7 @@ class LayerWithOutput(keras.layers.Layer):
     saved under `output_layer` instead.
     """
 
-    output = None
+    output: Any = None
 
     @property
     def output_layer(self):

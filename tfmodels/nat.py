@@ -8,18 +8,14 @@ Maps are (B, H, W, C) throughout.
 import keras
 from keras import ops
 
-from modelspec.configs import (
-    BackboneOutput,
-    ImageClassifierOutputWithReshapedStates,
-    ModelOutputWithReshapedStates,
-    NatConfig,
-)
-from modelspec.configs.nat import NeighborhoodConfig
+from modelspec.configs import BackboneOutput, ImageClassifierOutputWithReshapedStates, ModelOutputWithReshapedStates
+from modelspec.configs.nat import NatConfig, NeighborhoodConfig
+from tfmodels.call_inputs import unpack_inputs
 from tfmodels.gradient_checkpointing import BlockSequence
 from tfmodels.layers import Conv2D, Dense, DropPath, LayerNormalization, LayerWithOutput, get_activation
 from tfmodels.losses import image_classification_loss
 from tfmodels.ops import neighborhood_attention
-from tfmodels.pretrained import TFPreTrainedModel, unpack_inputs
+from tfmodels.pretrained import TFPreTrainedModel
 
 FIXED_EPS = 1e-5  # of the norms that `layer_norm_eps` does not reach
 
@@ -249,7 +245,8 @@ class NatEncoder(keras.layers.Layer):
         self.built = True
 
     def call(self, x, output_attentions=False, implementation="auto"):
-        before, after, attentions = [x], [x], []
+        before, after = [x], [x]
+        attentions: list = []
         for level in self.levels:
             outputs = level(after[-1], output_attentions=output_attentions, implementation=implementation)
             for collected, output in zip((before, after, attentions), outputs, strict=True):
@@ -261,7 +258,7 @@ class NatEncoder(keras.layers.Layer):
 class TFNatModel(TFPreTrainedModel):
     """The bare NAT."""
 
-    config_class = NatConfig
+    config_class: type[NeighborhoodConfig] = NatConfig
     constructor_arguments = ("add_pooling_layer",)
 
     def __init__(self, config: NeighborhoodConfig, add_pooling_layer: bool = True, **kwargs):
@@ -319,7 +316,7 @@ class TFNatModel(TFPreTrainedModel):
 class TFNatForImageClassification(TFPreTrainedModel):
     """NAT with a linear classifier on the mean of the last map."""
 
-    config_class = NatConfig
+    config_class: type[NeighborhoodConfig] = NatConfig
     body_class = TFNatModel
 
     def __init__(self, config: NeighborhoodConfig, **kwargs):
@@ -386,7 +383,7 @@ class TFNatForImageClassification(TFPreTrainedModel):
 class TFNatBackbone(TFPreTrainedModel):
     """NAT for detection and segmentation heads: normalised maps of the stages that `config.out_features` names."""
 
-    config_class = NatConfig
+    config_class: type[NeighborhoodConfig] = NatConfig
 
     def __init__(self, config: NeighborhoodConfig, **kwargs):
         super().__init__(config, **kwargs)

@@ -8,6 +8,7 @@ not installed. Source: Hassani et al., Neighborhood Attention Transformer, CVPR 
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -55,7 +56,7 @@ def neighborhood_attention(
         tf.errors.InvalidArgumentError: the same of sizes that are known only when the operation runs.
         RuntimeError: "native" is asked for and cannot be had.
     """
-    options = {
+    options: dict[str, Any] = {
         "scale": scale,
         "dropout": dropout,
         "return_probabilities": return_probabilities,
@@ -104,7 +105,7 @@ def _neighborhood_attention(
     if rel_pos_bias is not None:
         rel_pos_bias = tf.convert_to_tensor(rel_pos_bias)
     bias_shape = None if rel_pos_bias is None else tuple(rel_pos_bias.shape)
-    sizes = check_arguments(*shapes, kernel_size, dilation, bias_shape)
+    sizes = check_arguments(shapes[0], shapes[1], shapes[2], kernel_size, dilation, bias_shape)
     if shapes[0][-1] is None:
         raise ValueError(f"query has shape {shapes[0]}; head_dim, its last size, must be known")
     scale = max(shapes[0][-1], 1) ** -0.5 if scale is None else float(scale)

@@ -2,9 +2,8 @@
 
 import collections
 import contextlib
-import functools
-import inspect
 import os
+from typing import Any, Literal, Self, overload
 
 import keras
 import numpy as np
@@ -13,40 +12,19 @@ from keras import ops
 
 from modelspec.checkpoints import MAX_SHARD_SIZE, RawTensor, initial_weights, open_checkpoint, write_checkpoint
 from modelspec.checkpoints.keys import num_parameters
+from modelspec.checkpoints.matching import LoadReport
 from modelspec.configs import ModelConfig, config_from_dict
 from modelspec.configs.outputs import ModelOutput
 from modelspec.images.processor import ImageBatch, ImageProcessor
 from tfmodels.freezing import Freezing
 from tfmodels.gradient_checkpointing import GradientCheckpointing
 from tfmodels.layers import Dense
-from tfmodels.losses import image_classification_loss
+from tfmodels.losses import image_classification_loss, labels_of, logits_of
 from tfmodels.weights import assign_weights, checkpoint_variables, read_weights
 
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
 DATA_FORMATS = ("channels_first", "channels_last")
 CallOptions = collections.namedtuple("CallOptions", "output_hidden_states output_attentions return_dict")
-
-
-def unpack_inputs(call):
-    """Lets a model's `call` take its inputs as one list, tuple or dict in the first argument, as well as by keyword."""
-    names = list(inspect.signature(call).parameters)[1:]
-
-    @functools.wraps(call)
-    def unpacked(self, *args, **kwargs):
-        if args and isinstance(args[0], (list, tuple)):
-            if len(args[0]) > len(names):
-                raise ValueError(f"{len(args[0])} inputs were given; {type(self).__name__} takes {', '.join(names)}")
-            kwargs = dict(zip(names, args[0], strict=False)) | kwargs
-            args = ()
-        elif args and isinstance(args[0], dict):
-            unknown = [name for name in args[0] if name not in names]
-            if unknown:
-                raise ValueError(f"inputs {unknown} are unknown; {type(self).__name__} takes {', '.join(names)}")
-            kwargs = {name: value for name, value in args[0].items() if value is not None} | kwargs
-            args = ()
-        return call(self, *args, **kwargs)
-
-    return unpacked
 
 
 class TFPreTrainedModel(Freezing, GradientCheckpointing, keras.Model):
@@ -142,7 +120,8 @@ class TFPreTrainedModel(Freezing, GradientCheckpointing, keras.Model):
 
     def get_body(self) -> "TFPreTrainedModel":
         """Returns the bare model: the one that a classifier holds, or this one."""
-        return getattr(self, self.config.base_model_prefix, self)
+        body: Any = getattr(self, self.config.base_model_prefix, self)
+        return body
 
     @property
     def feature_info(self) -> list[dict]:
@@ -240,7 +219,7 @@ class TFPreTrainedModel(Freezing, GradientCheckpointing, keras.Model):
     # Checkpoints
 
     @classmethod
-    def from_weights(cls, config: ModelConfig, tensors: dict[str, np.ndarray], *, dtype=None, **kwargs):
+    def from_weights(cls, config: ModelConfig, tensors: dict[str, np.ndarray], *, dtype=None, **kwargs) -> Self:
         """Makes a model from a config and all its weights, without drawing any.
 
         Args:
@@ -254,6 +233,40 @@ class TFPreTrainedModel(Freezing, GradientCheckpointing, keras.Model):
         assign_weights(model, tensors)
         return model
 
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike,
+        *,
+        config: ModelConfig | None = ...,
+        num_labels: int | None = ...,
+        dtype: Any = ...,
+        torch_dtype: Any = ...,
+        revision: str | None = ...,
+        ignore_mismatched_sizes: bool = ...,
+        data_format: str = ...,
+        attn_implementation: str = ...,
+        output_loading_info: Literal[False] = ...,
+        **kwargs: Any,
+    ) -> Self: ...
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike,
+        *,
+        config: ModelConfig | None = ...,
+        num_labels: int | None = ...,
+        dtype: Any = ...,
+        torch_dtype: Any = ...,
+        revision: str | None = ...,
+        ignore_mismatched_sizes: bool = ...,
+        data_format: str = ...,
+        attn_implementation: str = ...,
+        output_loading_info: Literal[True],
+        **kwargs: Any,
+    ) -> tuple[Self, LoadReport]: ...
     @classmethod
     def from_pretrained(
         cls,
@@ -261,15 +274,15 @@ class TFPreTrainedModel(Freezing, GradientCheckpointing, keras.Model):
         *,
         config: ModelConfig | None = None,
         num_labels: int | None = None,
-        dtype=None,
-        torch_dtype=None,
+        dtype: Any = None,
+        torch_dtype: Any = None,
         revision: str | None = None,
         ignore_mismatched_sizes: bool = False,
         output_loading_info: bool = False,
         data_format: str = "channels_first",
         attn_implementation: str = "sdpa",
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> Any:
         """Loads a checkpoint.
 
         A head that the file lacks, or one for another number of labels than asked for, is newly initialised from
@@ -372,8 +385,8 @@ class TFPreTrainedModel(Freezing, GradientCheckpointing, keras.Model):
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """The loss given to `compile`, or the model's own (see `config.problem_type`), on the logits."""
-        y = _labels(x, y)
-        logits = _logits(self, y_pred)
+        y = labels_of(x, y)
+        logits = logits_of(self, y_pred)
         if self._compile_loss is not None:
             return super().compute_loss(x, y, logits, sample_weight, training)
         if y is None:
@@ -382,7 +395,7 @@ class TFPreTrainedModel(Freezing, GradientCheckpointing, keras.Model):
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         """The metrics given to `compile`, on the logits."""
-        return super().compute_metrics(x, _labels(x, y), _logits(self, y_pred), sample_weight)
+        return super().compute_metrics(x, labels_of(x, y), logits_of(self, y_pred), sample_weight)
 
     def predict_step(self, data):
         """Runs the model on images alone: labels in the data would add a loss, which is no prediction."""
@@ -420,29 +433,17 @@ def _policy(dtype):
     return keras.dtype_policies.DTypePolicy(name)
 
 
-def _labels(x, y):
-    return x.get("labels") if y is None and isinstance(x, dict) else y
-
-
-def _logits(model, y_pred):
-    if isinstance(y_pred, dict) and "logits" in y_pred:
-        return y_pred["logits"]
-    if isinstance(y_pred, tuple) and not model.config.return_dict:
-        return next(value for value in y_pred if len(value.shape) == 2)
-    raise ValueError(
-        f"{type(model).__name__} has no classification head to train; use the ForImageClassification class"
-    )
-
-
 def _register_mapping(mapping_class: type[dict]) -> None:
     # Keras looks into nested inputs and outputs through this registry; to it, other subclasses of dict are leaves
-    optree.register_pytree_node(
-        mapping_class,
-        lambda mapping: (list(mapping.values()), list(mapping.keys()), list(mapping.keys())),
-        lambda keys, values: mapping_class(zip(keys, values, strict=True)),
-        namespace="keras",
-    )
+    def flatten(mapping: Any) -> tuple:
+        return list(mapping.values()), list(mapping.keys()), list(mapping.keys())
+
+    def unflatten(keys: Any, values: Any) -> Any:
+        return mapping_class(zip(keys, values, strict=True))
+
+    optree.register_pytree_node(mapping_class, flatten, unflatten, namespace="keras")
 
 
-for _mapping_class in (ImageBatch, *ModelOutput.__subclasses__()):
+_MAPPING_CLASSES: tuple[type[dict], ...] = (ImageBatch, *ModelOutput.__subclasses__())
+for _mapping_class in _MAPPING_CLASSES:
     _register_mapping(_mapping_class)

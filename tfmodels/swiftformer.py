@@ -13,6 +13,7 @@ from modelspec.configs import (
     ImageClassifierOutputWithNoAttention,
     SwiftFormerConfig,
 )
+from tfmodels.call_inputs import unpack_inputs
 from tfmodels.gradient_checkpointing import BlockSequence
 from tfmodels.layers import (
     BatchNormalization,
@@ -24,7 +25,7 @@ from tfmodels.layers import (
     l2_normalize,
 )
 from tfmodels.losses import image_classification_loss
-from tfmodels.pretrained import TFPreTrainedModel, unpack_inputs
+from tfmodels.pretrained import TFPreTrainedModel
 
 
 class SwiftFormerPatchEmbedding(keras.layers.Layer):

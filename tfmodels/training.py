@@ -11,11 +11,12 @@ import tensorflow as tf
 from modelspec.parameter_groups import frozen_keys
 from modelspec.training import EvaluationBatches, Recipe, TrainingBatches, TrainingState, matching_state
 from tfmodels.optimizers import recipe_optimizer
+from tfmodels.pretrained import TFPreTrainedModel
 from tfmodels.weights import assign_weights, checkpoint_variables, read_weights
 
 
 def fine_tune(
-    model,
+    model: TFPreTrainedModel,
     batches: TrainingBatches,
     *,
     validation: EvaluationBatches | None = None,
@@ -97,7 +98,7 @@ def fine_tune(
     return history
 
 
-def check_recipe(model, recipe: Recipe) -> None:
+def check_recipe(model: TFPreTrainedModel, recipe: Recipe) -> None:
     """Raises if a model cannot be trained by a recipe.
 
     Raises:
@@ -117,13 +118,13 @@ def check_recipe(model, recipe: Recipe) -> None:
         frozen_keys(model.config, (), recipe.freeze)
 
 
-def predict_logits(model, batches: EvaluationBatches) -> np.ndarray:
+def predict_logits(model: TFPreTrainedModel, batches: EvaluationBatches) -> np.ndarray:
     """Returns the logits (N, num_labels) of all images of `batches`, float32 or the model's own dtype."""
     logits = model.predict(_PyDataset(batches, None, model.data_format), verbose=0).logits
     return logits if logits.dtype in (np.float32, np.float64) else logits.astype(np.float32)
 
 
-def teacher_logits(model) -> Callable[[np.ndarray], np.ndarray]:
+def teacher_logits(model: TFPreTrainedModel) -> Callable[[np.ndarray], np.ndarray]:
     """Returns a function from pixel values (B, C, H, W) to a model's logits (B, num_labels), as arrays."""
     call = tf.function(lambda pixel_values: model(pixel_values, training=False).logits, reduce_retracing=True)
 
@@ -211,7 +212,7 @@ def _seed_layers(model, seed: int, epoch: int) -> None:
             generator.state.assign(drawn.astype(generator.state.dtype))
 
 
-def _moments(model, optimizer) -> dict[str, tuple]:
+def _moments(model, optimizer) -> dict[str, dict[str, tuple]]:
     """Group of a state -> checkpoint key -> the optimizer's variable and the entry whose layout it has."""
     entries = {key: entry for key, entry in checkpoint_variables(model).items() if entry.variable.trainable}
     sources = {"first_moments": optimizer._momentums, "second_moments": optimizer._velocities}

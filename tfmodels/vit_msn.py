@@ -8,11 +8,12 @@ import keras
 from keras import ops
 
 from modelspec.configs import BackboneOutput, BaseModelOutput, ImageClassifierOutput, ViTMSNConfig
+from tfmodels.call_inputs import unpack_inputs
 from tfmodels.gradient_checkpointing import BlockSequence
 from tfmodels.interpolation import resize_bicubic
 from tfmodels.layers import Conv2D, Dense, LayerNormalization, LayerWithOutput, get_activation
 from tfmodels.losses import image_classification_loss
-from tfmodels.pretrained import TFPreTrainedModel, unpack_inputs
+from tfmodels.pretrained import TFPreTrainedModel
 from tfmodels.shape_checks import assert_image_size
 
 

@@ -5,6 +5,7 @@ import json
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from twinzoo import export_command, inference_commands, training_commands
 from twinzoo.command_parser import CommandParser
@@ -151,7 +152,7 @@ def _print_table(rows: dict) -> None:
     Console(highlight=False).print(table)
 
 
-def _with_shapes(entry) -> str:
+def _with_shapes(entry: Any) -> str:
     if isinstance(entry, str):
         return entry
     key, found, needed = entry

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 MISUSED = 2
 
@@ -15,15 +16,15 @@ class CommandParser(argparse.ArgumentParser):
         **options: of `argparse.ArgumentParser`.
     """
 
-    def __init__(self, *, complete: Callable[[argparse.ArgumentParser], None] | None = None, **options):
+    def __init__(self, *, complete: Callable[[argparse.ArgumentParser], None] | None = None, **options: Any):
         super().__init__(**options)
         self.complete = complete
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         complete, self.complete = self.complete, None
         if complete is not None:
             complete(self)
         return super().parse_known_args(args, namespace)
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         self.exit(MISUSED, f"{self.prog}: error: {message} (see {self.prog} --help)\n")

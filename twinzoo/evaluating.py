@@ -18,7 +18,7 @@ from modelspec.agreement import compare, root_mean_square, top_k_agreement
 from modelspec.checkpoints import CheckpointWarning, matching_variants, parameter_shapes
 from modelspec.configs import EvaluationTransform, ModelConfig, Variant
 from modelspec.images import ImageBatch
-from modelspec.training import EvaluationBatches
+from modelspec.training import EvaluationBatches, LabelledImages
 from twinzoo.halves import import_half, load_processor, predict_logits
 from twinzoo.image_folder import (
     TRAINING_NAMES,
@@ -340,7 +340,14 @@ def named_step(on_step: OnStep | None, what: str) -> Callable[[int, int], None] 
 class WatchedBatches(EvaluationBatches):
     """Evaluation batches that tell how far reading has come, as `on_step(images done, images)`."""
 
-    def __init__(self, images, num_labels: int, processor, batch_size: int, on_step: Callable[[int, int], None] | None):
+    def __init__(
+        self,
+        images: LabelledImages,
+        num_labels: int,
+        processor: Callable[[Any], Any] | None,
+        batch_size: int,
+        on_step: Callable[[int, int], None] | None,
+    ):
         super().__init__(images, num_labels, processor, batch_size)
         self.on_step = on_step
 
@@ -358,7 +365,7 @@ def _validation_part(directory: str | os.PathLike) -> Path:
         next((root / name for name in names if (root / name).is_dir()), None)
         for names in (TRAINING_NAMES, VALIDATION_NAMES)
     ]
-    return root if None in parts else parts[1]
+    return root if parts[0] is None or parts[1] is None else parts[1]
 
 
 def _plain(name: str) -> str:

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from modelspec import get_config, load_config
+from modelspec import ImageProcessor, get_config, load_config
 from modelspec.atomic_file import atomic_file, write_text
 from modelspec.checkpoints import CheckpointError
-from modelspec.training import EvaluationBatches, Recipe, TrainingBatches
+from modelspec.training import EvaluationBatches, Recipe, TrainingBatches, TrainingState
 from parity.errors import ComparisonError
 from twinzoo.halves import fresh_classifier, import_half, load_classifier, load_processor, predict_logits
 from twinzoo.image_folder import ImageFolder, training_and_validation, without_broken_images
@@ -259,7 +259,9 @@ def _make_model(run: Run, class_names: list[str]) -> tuple[Any, Any]:
     return model, load_processor(run.model, run.image_size)
 
 
-def _make_teacher(run: Run, class_names: list[str], processor) -> Callable[[np.ndarray], np.ndarray] | None:
+def _make_teacher(
+    run: Run, class_names: list[str], processor: ImageProcessor
+) -> Callable[[np.ndarray], np.ndarray] | None:
     if (run.teacher is not None) != run.recipe.distillation:
         raise ValueError("distillation needs a teacher, and a teacher is for distillation: give both or neither")
     if run.teacher is None:
@@ -279,12 +281,19 @@ def _make_teacher(run: Run, class_names: list[str], processor) -> Callable[[np.n
     return training.teacher_logits(teacher)
 
 
-def _train(run: Run, model, batches: TrainingBatches, held_out, state_path: Path, listener: Listener):
+def _train(
+    run: Run,
+    model: Any,
+    batches: TrainingBatches,
+    held_out: EvaluationBatches | None,
+    state_path: Path,
+    listener: Listener,
+) -> dict[str, list[float]]:
     _, training = import_half(run.framework)
     log = TensorBoardLog(state_path.parent / "tensorboard")
     listener.stage("training")
 
-    def on_epoch(state) -> None:
+    def on_epoch(state: TrainingState) -> None:
         figures = {name: values[-1] for name, values in state.history.items()}
         log.write(state.history)
         write_text(state_path.parent / HISTORY_FILE, json.dumps(state.history, indent=2) + "\n")

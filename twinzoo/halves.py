@@ -123,7 +123,7 @@ def load_processor(source: str | os.PathLike, image_size: int | None = None) -> 
     Raises:
         SourceError, ValueError: there is none, or it is not allowed.
     """
-    changed = {} if image_size is None else {"size": image_size}
+    changed: dict[str, Any] = {} if image_size is None else {"size": image_size}
     if str(source) in list_models():
         return ImageProcessor(**{**get_variant(str(source)).image_processor, **changed})
     return ImageProcessor.from_pretrained(source, **changed)

@@ -115,10 +115,10 @@ def training_and_validation(directory: str | os.PathLike, seed: int = 0) -> tupl
         next((root / name for name in names if (root / name).is_dir()), None)
         for names in (TRAINING_NAMES, VALIDATION_NAMES)
     ]
-    if None in parts:
+    if parts[0] is None or parts[1] is None:
         training, validation = hold_out(read_image_folder(root), 0.2, seed)
     else:
-        training, validation = (_read_part(part) for part in parts)
+        training, validation = _read_part(parts[0]), _read_part(parts[1])
         unknown = [name for name in validation.class_names if name not in training.class_names]
         if unknown:
             raise FolderError(f"{validation.root / unknown[0]} is a class that {training.root} does not have")

@@ -199,7 +199,9 @@ def probe_features(
     """
     _check(shots, splits, c)
     training, held_out = centred_and_normalised(training), centred_and_normalised(held_out)
-    draws = {count: [draw_shots(training_labels, count, (seed, split)) for split in range(splits)] for count in shots}
+    draws: dict[int | str, list[np.ndarray]] = {
+        count: [draw_shots(training_labels, count, (seed, split)) for split in range(splits)] for count in shots
+    }
     draws[ALL] = [np.arange(len(training_labels))]
     fits, done, unfinished = sum(map(len, draws.values())), 0, 0
     results = []

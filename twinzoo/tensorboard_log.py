@@ -18,7 +18,8 @@ class TensorBoardLog:
     """
 
     def __init__(self, folder: str | os.PathLike):
-        self.folder, self.path, self.written = Path(folder), None, 0
+        self.folder, self.written = Path(folder), 0
+        self.path: Path | None = None
 
     def write(self, history: Mapping[str, list[float]]) -> None:
         """Appends what is new of the curves; epochs count from 1.

@@ -48,7 +48,7 @@ def narrow_to_bfloat16(values: np.ndarray) -> np.ndarray:
 def main_dtype(elements: dict[str, int]) -> str:
     """Returns the floating dtype that has most of the elements; float32 if there is none."""
     floats = {name: count for name, count in elements.items() if name in FLOAT_BYTES}
-    return max(floats, key=floats.get) if floats else "float32"
+    return max(floats, key=floats.__getitem__) if floats else "float32"
 
 
 def digest(entries: Iterable[tuple[str, str, tuple[int, ...], np.ndarray | bytes]], metadata: dict[str, str]) -> str:
@@ -65,7 +65,7 @@ def digest(entries: Iterable[tuple[str, str, tuple[int, ...], np.ndarray | bytes
     total.update(json.dumps(annotations, sort_keys=True).encode())
     for key, dtype, shape, data in entries:
         total.update(json.dumps([key, dtype, list(shape)]).encode())
-        total.update(data)
+        total.update(data)  # type: ignore[arg-type]  # NumPy says that arrays are buffers from Python 3.12 on only
     return total.hexdigest()
 
 

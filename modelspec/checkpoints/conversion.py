@@ -175,16 +175,16 @@ def _stated_config(source: str | os.PathLike, revision: str | None) -> ModelConf
 
 
 def _config_for(
-    source, revision: str | None, model: str | None, checkpoint: Checkpoint, shapes: dict[str, Shape]
+    source: str | os.PathLike, revision: str | None, model: str | None, checkpoint: Checkpoint, shapes: dict[str, Shape]
 ) -> tuple[ModelConfig, str | None]:
     """Returns the config of what is in the file, and the name of the variant, if it is one."""
     if model is not None:
         config = get_config(model)
         return config.replace(num_labels=_labels_of(config, shapes) or 0), get_variant(model).name
-    config = _stated_config(source, revision)
-    variants = matching_variants(shapes, config.model_type if config else _family_by_prefix(shapes))
-    if config is not None:
-        return config, variants[0] if variants else None
+    stated = _stated_config(source, revision)
+    variants = matching_variants(shapes, stated.model_type if stated else _family_by_prefix(shapes))
+    if stated is not None:
+        return stated, variants[0] if variants else None
     if len(variants) == 1:
         config = get_config(variants[0])
         return config.replace(num_labels=_labels_of(config, shapes) or 0), variants[0]
@@ -215,7 +215,9 @@ def _expected(config: ModelConfig, architecture: str, shapes: dict[str, Shape]) 
     return parameter_shapes(config, architecture, use_mask_token=any(key.endswith("mask_token") for key in shapes))
 
 
-def _compare(config: ModelConfig, architecture: str, shapes: dict[str, Shape]):
+def _compare(
+    config: ModelConfig, architecture: str, shapes: dict[str, Shape]
+) -> tuple[list[str], list[str], list[tuple[str, Shape, Shape]]]:
     expected = _expected(config, architecture, shapes)
     names = {model_key(config, key, expected): key for key in shapes}
     missing = [key for key in expected if key not in names]
@@ -247,7 +249,7 @@ def _raw_size(value: np.ndarray, dtype: str) -> int:
     return value.size * (2 if dtype == "bfloat16" else np.dtype(dtype).itemsize)
 
 
-def _processor(source, revision: str | None, variant: str | None) -> ImageProcessor | None:
+def _processor(source: str | os.PathLike, revision: str | None, variant: str | None) -> ImageProcessor | None:
     if Path(source).expanduser().exists():
         folder = Path(source).expanduser()
         source = folder if folder.is_dir() else folder.parent

@@ -57,7 +57,7 @@ def _without_wrapper(key: str) -> str:
     return key.removeprefix("module.").removeprefix("backbone.")
 
 
-def _renamed(tensors: Tensors, *rules: tuple[str, str]) -> Tensors:
+def _renamed(tensors: Tensors, *rules: tuple[str, str | Callable[[re.Match], str]]) -> Tensors:
     renamed = {}
     for key, value in tensors.items():
         for pattern, replacement in rules:

@@ -10,9 +10,10 @@ import math
 import numpy as np
 
 from modelspec.checkpoints.keys import Shape, parameter_shapes
+from modelspec.configs.base import ModelConfig
 
 
-def initial_weights(config, shapes: dict[str, Shape], seed: int) -> dict[str, np.ndarray]:
+def initial_weights(config: ModelConfig, shapes: dict[str, Shape], seed: int) -> dict[str, np.ndarray]:
     """Draws the reference's initialisation for the given keys.
 
     Linear and convolution weights are normal with std `config.initializer_range` (SwiftFormer: 0.02, cut at +-2),
@@ -31,7 +32,7 @@ def initial_weights(config, shapes: dict[str, Shape], seed: int) -> dict[str, np
 
 
 def probing_weights(
-    config, seed: int = 0, architecture: str = "ForImageClassification", *, use_mask_token: bool = False
+    config: ModelConfig, seed: int = 0, architecture: str = "ForImageClassification", *, use_mask_token: bool = False
 ) -> dict[str, np.ndarray]:
     """Draws weights under which every parameter matters, for comparing implementations.
 
@@ -46,7 +47,7 @@ def probing_weights(
     return {key: _probing(key, shape, _generator(config, key, seed)) for key, shape in shapes.items()}
 
 
-def _generator(config, key: str, seed: int) -> np.random.Generator:
+def _generator(config: ModelConfig, key: str, seed: int) -> np.random.Generator:
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
         raise ValueError(f"seed is {seed!r}; give an integer >= 0")
     name = key.removeprefix(f"{config.base_model_prefix}.")
@@ -65,7 +66,7 @@ def _role(key: str, shape: Shape) -> str:
     return "matrix" if len(shape) > 1 else "norm"
 
 
-def _initial(config, key: str, shape: Shape, generator: np.random.Generator) -> np.ndarray:
+def _initial(config: ModelConfig, key: str, shape: Shape, generator: np.random.Generator) -> np.ndarray:
     role = _role(key, shape)
     if role == "num_batches_tracked":
         return np.zeros(shape, np.int64)

@@ -2,7 +2,9 @@
 
 import itertools
 import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +22,8 @@ def read_h5(path: str | Path) -> Checkpoint:
     """
     import h5py
 
-    tensors, elements = {}, {}
+    tensors = {}
+    elements: dict[str, int] = {}
     try:
         length = Path(path).stat().st_size
         with h5py.File(path, "r") as file:
@@ -58,7 +61,7 @@ def _check_places(datasets: dict, length: int) -> None:
             raise CheckpointError(f"its arrays {first} and {second} overlap")
 
 
-def _datasets(group, prefix: str, seen: set[int]):
+def _datasets(group: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
     import h5py
 
     address = h5py.h5o.get_info(group.id).addr

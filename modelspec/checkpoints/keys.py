@@ -5,12 +5,14 @@ Source: the published files of the reference implementations; `tests/golden/keys
 
 from collections.abc import Iterator
 
+from modelspec.configs.base import ModelConfig
+
 Shape = tuple[int, ...]
 ARCHITECTURES = ("Model", "ForImageClassification", "Backbone")
 
 
 def parameter_shapes(
-    config, architecture: str = "ForImageClassification", *, use_mask_token: bool = False
+    config: ModelConfig, architecture: str = "ForImageClassification", *, use_mask_token: bool = False
 ) -> dict[str, Shape]:
     """Returns checkpoint key -> shape, in the reference's layouts (PyTorch's), in the order of the model.
 
@@ -78,7 +80,7 @@ def _batch_norm(name: str, size: int) -> Entries:
     yield f"{name}.num_batches_tracked", ()
 
 
-def _swiftformer(config) -> Entries:
+def _swiftformer(config: ModelConfig) -> Entries:
     width = config.embed_dims[0]
     yield from _conv("patch_embed.patch_embedding.0", config.num_channels, width // 2, 3)
     yield from _batch_norm("patch_embed.patch_embedding.1", width // 2)
@@ -121,13 +123,13 @@ def _swiftformer_encoder_block(name: str, dim: int, hidden: int, use_layer_scale
     yield from _conv(f"{name}.linear.fc2", hidden, dim, 1)
 
 
-def _swiftformer_head(config) -> Entries:
+def _swiftformer_head(config: ModelConfig) -> Entries:
     yield from _batch_norm("norm", config.embed_dims[-1])
     yield from _linear("head", config.embed_dims[-1], config.num_labels)
     yield from _linear("dist_head", config.embed_dims[-1], config.num_labels)
 
 
-def _vit_msn(config, use_mask_token: bool) -> Entries:
+def _vit_msn(config: ModelConfig, use_mask_token: bool) -> Entries:
     dim = config.hidden_size
     yield "embeddings.cls_token", (1, 1, dim)
     yield "embeddings.position_embeddings", (1, config.num_patches + 1, dim)
@@ -146,7 +148,7 @@ def _vit_msn(config, use_mask_token: bool) -> Entries:
     yield from _layer_norm("layernorm", dim)
 
 
-def _neighborhood(config, architecture: str) -> Entries:
+def _neighborhood(config: ModelConfig, architecture: str) -> Entries:
     dim = config.embed_dim
     yield from _conv("embeddings.patch_embeddings.projection.0", config.num_channels, dim // 2, 3)
     yield from _conv("embeddings.patch_embeddings.projection.1", dim // 2, dim, 3)
@@ -166,11 +168,11 @@ def _neighborhood(config, architecture: str) -> Entries:
         yield from _layer_norm("layernorm", dim)
 
 
-def _stage_dims(config) -> list[int]:
+def _stage_dims(config: ModelConfig) -> list[int]:
     return [config.embed_dim * 2**stage for stage in range(len(config.depths))]
 
 
-def _neighborhood_block(name: str, config, dim: int, heads: int) -> Entries:
+def _neighborhood_block(name: str, config: ModelConfig, dim: int, heads: int) -> Entries:
     window = 2 * config.kernel_size - 1
     if config.layer_scale_init_value > 0:
         yield f"{name}.layer_scale_parameters", (2, dim)

@@ -2,12 +2,14 @@
 
 import dataclasses
 import warnings
+from collections.abc import Container, Mapping
 
 import numpy as np
 
 from modelspec.checkpoints.errors import CheckpointError, CheckpointWarning
 from modelspec.checkpoints.keys import Shape
 from modelspec.checkpoints.resizing import resized
+from modelspec.configs.base import ModelConfig
 
 # A file may lack these and still be whole: the counter was added to BatchNorm late and counts nothing that inference
 # needs, and published ViT-MSN files hold no mask token.
@@ -52,8 +54,8 @@ class LoadReport:
 
 
 def match_checkpoint(
-    config,
-    expected: dict[str, Shape],
+    config: ModelConfig,
+    expected: Mapping[str, Shape],
     found: dict[str, np.ndarray],
     path: str,
     *,
@@ -78,7 +80,8 @@ def match_checkpoint(
     Raises:
         CheckpointError: the file is of another model, lacks a part of the body, or has a key of another shape or kind.
     """
-    renamed, report = {}, LoadReport(dialect=dialect)
+    report = LoadReport(dialect=dialect)
+    renamed: dict[str, str] = {}
     tensors, errors, absent = {}, [], []
     for key in found:
         name = model_key(config, key, expected)
@@ -121,7 +124,7 @@ def match_checkpoint(
     return tensors, report
 
 
-def model_key(config, key: str, expected: dict[str, Shape]) -> str:
+def model_key(config: ModelConfig, key: str, expected: Container[str]) -> str:
     """Returns the model's name of the file's `key`: with the base prefix added, without it, or as it is.
 
     Each key for itself: transformers 5 writes ViT-MSN classifiers with the prefix on some keys of the body only.

@@ -32,7 +32,8 @@ def read_safetensors(path: str | Path) -> Checkpoint:
     """
     from safetensors import SafetensorError, safe_open
 
-    tensors, elements, entries = {}, {}, []
+    tensors, entries = {}, []
+    elements: dict[str, int] = {}
     try:
         with safe_open(str(path), framework="np") as file:
             metadata = dict(file.metadata() or {})

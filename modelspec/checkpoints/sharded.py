@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from modelspec.checkpoints.checkpoint import Checkpoint
 from modelspec.checkpoints.errors import CheckpointError
 
@@ -26,14 +28,14 @@ def read_sharded(path: str | Path, read: Callable[[Path], Checkpoint]) -> Checkp
         if not (path.parent / name).is_file():
             raise CheckpointError(f"{path} names the shard {name}, which is not there")
         shards[name] = read(path.parent / name)
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for name, shard in shards.items():
         expected = {key for key, file in weight_map.items() if file == name}
         if expected != shard.tensors.keys():
             wrong = sorted(expected ^ shard.tensors.keys())
             raise CheckpointError(f"{path} and {name} disagree about {', '.join(wrong[:5])}")
         tensors |= shard.tensors
-    elements = {}
+    elements: dict[str, int] = {}
     for shard in shards.values():
         elements[shard.dtype] = elements.get(shard.dtype, 0) + sum(value.size for value in shard.tensors.values())
     if "sha256" in metadata and metadata["sha256"] != index_digest(
@@ -41,7 +43,7 @@ def read_sharded(path: str | Path, read: Callable[[Path], Checkpoint]) -> Checkp
     ):
         raise CheckpointError(f"{path} is damaged or its shards are of another save: they do not fit its sha256")
     first = next(iter(shards.values()))
-    return Checkpoint(str(path), tensors, max(elements, key=elements.get), first.metadata, format=first.format)
+    return Checkpoint(str(path), tensors, max(elements, key=elements.__getitem__), first.metadata, format=first.format)
 
 
 def index_digest(weight_map: dict[str, str], metadata: dict, shards: dict[str, str]) -> str:

@@ -1,5 +1,6 @@
 """From what a user names (a directory, a file, a Hub id, a variant's name) to a file on this disk."""
 
+import os
 import re
 from pathlib import Path
 
@@ -16,7 +17,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def resolve_file(
-    source: str | Path, filename: str, revision: str | None = None, *, local_files_only: bool = False
+    source: str | os.PathLike, filename: str, revision: str | None = None, *, local_files_only: bool = False
 ) -> str:
     """Returns the local path of `filename` as `source` holds it.
 
@@ -86,7 +87,7 @@ def _download(hub_id: str, filename: str, revision: str | None, local_files_only
         raise SourceError(f"{filename} of {hub_id!r} cannot be fetched: {error}") from error
 
 
-def resolve_weights(source: str | Path, revision: str | None = None) -> str:
+def resolve_weights(source: str | os.PathLike, revision: str | None = None) -> str:
     """Returns the local path of the weights that `source` names: a file, or the index of its shards.
 
     Of a directory or a Hub repository the first of WEIGHTS that is there; the shards of an index come along. A file
@@ -98,7 +99,7 @@ def resolve_weights(source: str | Path, revision: str | None = None) -> str:
     path = Path(source).expanduser()
     if path.is_file() and path.name not in _BESIDE_WEIGHTS:
         return str(path)
-    missing = None
+    missing: MissingFileError | None = None
     for filename in WEIGHTS:
         try:
             # one attempt to reach the Hub is slow enough; the cache may hold another of the files
@@ -111,4 +112,5 @@ def resolve_weights(source: str | Path, revision: str | None = None) -> str:
             for shard in shard_names(found):
                 resolve_file(source, shard, revision)
         return found
+    assert missing is not None  # WEIGHTS is not empty
     raise missing

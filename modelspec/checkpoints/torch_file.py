@@ -13,9 +13,9 @@ import dataclasses
 import math
 import pickle
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, ClassVar
 
 import numpy as np
 
@@ -64,14 +64,14 @@ class _Tensor:
 class _Blank:
     """Stands for something that is not needed."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         pass
 
-    def __setitem__(self, key, value):
+    def __setitem__(self, key: Any, value: Any) -> None:
         pass
 
 
-def _rebuild_tensor(storage, offset, shape, strides, *_) -> _Tensor:
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
     numbers = (offset, *shape, *strides)
     if not isinstance(storage, _Storage) or not all(type(number) is int and number >= 0 for number in numbers):
         raise ValueError("a tensor's storage, offset, shape or strides are none")
@@ -80,13 +80,13 @@ def _rebuild_tensor(storage, offset, shape, strides, *_) -> _Tensor:
     return _Tensor(storage, offset, tuple(shape), tuple(strides))
 
 
-def _rebuild_parameter(tensor, *_) -> _Tensor:
+def _rebuild_parameter(tensor: Any, *_: Any) -> _Tensor:
     if not isinstance(tensor, _Tensor):
         raise ValueError("a parameter is no tensor")
     return tensor
 
 
-def _size(*sizes) -> tuple:
+def _size(*sizes: Any) -> tuple:
     return tuple(sizes[0]) if sizes else ()
 
 
@@ -96,7 +96,8 @@ _CALLABLES: dict[tuple[str, str], Callable] = {
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
     ("torch", "Size"): _size,
-} | dict.fromkeys(_BLANKS, _Blank)
+    **dict.fromkeys(_BLANKS, _Blank),
+}
 
 _INSTRUCTIONS = """
     PROTO FRAME MARK STOP POP POP_MARK DUP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT
@@ -108,28 +109,31 @@ _CODES = [getattr(pickle, name)[0] for name in _INSTRUCTIONS]
 
 
 class _Machine(pickle._Unpickler):  # Python's own, in Python: the one in C lets a file of ten bytes claim gigabytes
-    def __init__(self, file: BinaryIO):
+    stack: list[Any]
+    pop_mark: Callable[[], list[Any]]
+
+    def __init__(self, file: IO[bytes]):
         super().__init__(file, encoding="latin1")
 
-    def find_class(self, module, name):
+    def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _CALLABLES:
             return _CALLABLES[module, name]
         if module in ("torch", "torch.cuda", "torch.storage") and name in _STORAGES:
             return name
         raise CheckpointError(f"it asks for {module}.{name}, which is no part of a checkpoint and may be harmful")
 
-    def persistent_load(self, identity):
+    def persistent_load(self, identity: Any) -> _Storage:
         kind, storage, key = identity[:3]
         if kind != "storage" or storage not in _STORAGES or not isinstance(key, str):
             raise ValueError("it refers to something that is no storage")
         return _Storage(key, storage)
 
-    def _reduce(self):
+    def _reduce(self) -> None:
         arguments = self.stack.pop()
         self.stack[-1] = self._call(self.stack[-1], arguments)
 
     @staticmethod
-    def _call(function, arguments):
+    def _call(function: Any, arguments: Any) -> Any:
         if not any(function is known for known in _CALLABLES.values()) or not isinstance(arguments, tuple):
             raise ValueError("it calls what cannot be called")
         if function is collections.OrderedDict and arguments:  # of pairs, in old files
@@ -138,32 +142,34 @@ class _Machine(pickle._Unpickler):  # Python's own, in Python: the one in C lets
                 raise ValueError("it has an ordered dictionary of something else than pairs")
         return function(*arguments)
 
-    def _build(self):
+    def _build(self) -> None:
         self.stack.pop()  # the state: a dictionary's `_metadata`, a blank's contents
         if not isinstance(self.stack[-1], collections.OrderedDict | _Blank):
             raise ValueError("it sets the state of something that has none")
 
-    def _set_items(self, pairs):
+    def _set_items(self, pairs: Iterable[tuple[Any, Any]]) -> None:
         target = self.stack[-1]
         for key, value in pairs:
             if not _is_text(key):  # of others, deeply nested ones could exhaust the stack
                 raise ValueError("it has a dictionary with a key that is neither text nor number")
             target[key] = value
 
-    def _set_item(self):
+    def _set_item(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
         self._set_items([(key, value)])
 
-    def _set_many(self):
+    def _set_many(self) -> None:
         items = self.pop_mark()
         self._set_items(zip(items[::2], items[1::2], strict=True))
 
-    def _dict(self):
+    def _dict(self) -> None:
         items = self.pop_mark()
         self.stack.append({})
         self._set_items(zip(items[::2], items[1::2], strict=True))
 
-    dispatch = {code: pickle._Unpickler.dispatch[code] for code in _CODES} | {
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
+        code: pickle._Unpickler.dispatch[code] for code in _CODES
+    } | {
         pickle.REDUCE[0]: _reduce,
         pickle.NEWOBJ[0]: _reduce,
         pickle.BUILD[0]: _build,
@@ -201,7 +207,7 @@ def read_torch(path: str | Path) -> Checkpoint:
         raise CheckpointError(f"{path} is no readable file of torch: {type(error).__name__}: {reason:.200}") from error
 
 
-def _read_zip(path, file: BinaryIO, length: int) -> Checkpoint:
+def _read_zip(path: str | Path, file: IO[bytes], length: int) -> Checkpoint:
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         names = [member.filename for member in members]
@@ -232,7 +238,7 @@ def _read_zip(path, file: BinaryIO, length: int) -> Checkpoint:
         return _checkpoint(path, found, storage, length)
 
 
-def _read_old(path, file: BinaryIO, length: int) -> Checkpoint:
+def _read_old(path: str | Path, file: IO[bytes], length: int) -> Checkpoint:
     if _Machine(file).load() != _MAGIC:
         raise CheckpointError("it does not begin as one")
     for _ in range(2):
@@ -267,8 +273,9 @@ def _storage_bytes(found: Any) -> dict[str, int]:
     return sizes
 
 
-def _checkpoint(path, found: Any, storage: Callable[[str], bytes], length: int) -> Checkpoint:
-    tensors, elements, storages, copied = {}, {}, {}, 0
+def _checkpoint(path: str | Path, found: Any, storage: Callable[[str], bytes], length: int) -> Checkpoint:
+    tensors, storages, copied = {}, {}, 0
+    elements: dict[str, int] = {}
     for name, tensor in _state_dictionary(found).items():
         dtype, stored = _STORAGES[tensor.storage.kind]
         if tensor.storage.key not in storages:

@@ -49,13 +49,14 @@ def write_checkpoint(
     """
     shards = _shards(sizes, parse_size(max_shard_size))
     with atomic_folder(directory, lambda name: bool(_OURS.fullmatch(name))) as folder:
-        digests, weight_map = {}, {}
+        digests = {}
+        weight_map: dict[str, str] = {}
         for number, keys in enumerate(shards, start=1):
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
             digests[name] = write_safetensors(folder / name, {key: tensor(key) for key in keys})
             weight_map |= dict.fromkeys(keys, name)
         if len(shards) > 1:
-            metadata = {"total_size": sum(sizes.values())}
+            metadata: dict[str, Any] = {"total_size": sum(sizes.values())}
             metadata["sha256"] = index_digest(weight_map, metadata, digests)
             text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
             (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
@@ -84,7 +85,8 @@ def parse_size(size: int | str) -> int:
 
 
 def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    shards, filled = [[]], 0
+    shards: list[list[str]] = [[]]
+    filled = 0
     for key, size in sizes.items():
         if shards[-1] and filled + size > limit:
             shards.append([])

@@ -1,5 +1,6 @@
 """What the configurations of families with a backbone share: which stages it returns."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 from modelspec.configs.base import ModelConfig, config_class
@@ -9,10 +10,10 @@ from modelspec.configs.stages import resolve_out_features
 class OutStages:
     """`out_features` or `out_indices`: None means the last stage, also after the stages have changed."""
 
-    def __set_name__(self, owner, name):
+    def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
-    def __get__(self, config, owner=None):
+    def __get__(self, config: Any, owner: type | None = None) -> Any:
         if config is None:
             return None
         features, indices = config.__dict__["out_features"], config.__dict__["out_indices"]
@@ -20,7 +21,7 @@ class OutStages:
             features, indices = resolve_out_features(config.stage_names)
         return list(features) if self.name == "out_features" else list(indices)
 
-    def __set__(self, config, value):
+    def __set__(self, config: Any, value: Sequence | None) -> None:
         if config._constructed:
             config._choose_stages(**{"out_features": None, "out_indices": None, self.name: value})
         else:
@@ -37,8 +38,8 @@ class BackboneConfig(ModelConfig):
 
     writes_default_stages: ClassVar[bool] = False  # whether a file names the stages that are the default
 
-    out_features: list[str] | None = OutStages()
-    out_indices: list[int] | None = OutStages()
+    out_features: OutStages = OutStages()
+    out_indices: OutStages = OutStages()
 
     @property
     def stage_names(self) -> list[str]:
@@ -66,11 +67,10 @@ class BackboneConfig(ModelConfig):
                 del out[name]
         return out
 
-    def _choose_stages(self, out_features, out_indices) -> None:
+    def _choose_stages(self, out_features: list[str] | None, out_indices: Sequence[int] | None) -> None:
         try:
             features, indices = resolve_out_features(self.stage_names, out_features, out_indices)
         except ValueError as error:
             raise ValueError(f"{type(self).__name__}.{error}") from None
-        if indices == [len(self.stage_names) - 1]:
-            features = indices = None
-        self.__dict__.update(out_features=features, out_indices=indices)
+        is_default = indices == [len(self.stage_names) - 1]
+        self.__dict__.update(out_features=None if is_default else features, out_indices=None if is_default else indices)

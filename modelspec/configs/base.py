@@ -36,8 +36,8 @@ class Rule(NamedTuple):
 def whole(minimum: int, maximum: float = math.inf) -> Rule:
     """An int of at least `minimum` and at most `maximum`; a bool is not one."""
 
-    def convert(value):
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not minimum <= value <= maximum:
+    def convert(value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not minimum <= int(value) <= maximum:
             raise ValueError
         return int(value)
 
@@ -47,7 +47,7 @@ def whole(minimum: int, maximum: float = math.inf) -> Rule:
 def real(allowed: str, accept: Callable[[float], bool]) -> Rule:
     """A finite number for which `accept` holds, stored as a float; `allowed` says the condition in words."""
 
-    def convert(value):
+    def convert(value: Any) -> Any:
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise ValueError
         value = float(value)
@@ -61,7 +61,7 @@ def real(allowed: str, accept: Callable[[float], bool]) -> Rule:
 def one_of(*names: str) -> Rule:
     """One of the strings `names`."""
 
-    def convert(value):
+    def convert(value: Any) -> Any:
         if not isinstance(value, str) or value not in names:
             raise ValueError
         return value
@@ -77,7 +77,7 @@ def optional(rule: Rule) -> Rule:
 def list_of(rule: Rule) -> Rule:
     """A non-empty list or tuple, stored as a list, every entry of which obeys `rule`."""
 
-    def convert(value):
+    def convert(value: Any) -> Any:
         if not isinstance(value, list | tuple) or not value:
             raise ValueError
         return [rule.convert(entry) for entry in value]
@@ -85,32 +85,32 @@ def list_of(rule: Rule) -> Rule:
     return Rule(f"a non-empty list, each entry {rule.allowed}", convert)
 
 
-def _flag(value):
+def _flag(value: Any) -> bool:
     if not isinstance(value, bool):
         raise ValueError
     return value
 
 
-def _text(value):
+def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError
     return value
 
 
-def _activation(value):
+def _activation(value: Any) -> Any:
     if not callable(value) and not (isinstance(value, str) and value in ACTIVATIONS):
         raise ValueError
     return value
 
 
-def _id2label(value):
+def _id2label(value: Any) -> dict[int, str]:
     labels = {int(index): _text(label) for index, label in value.items() if not isinstance(index, bool | float)}
     if len(labels) != len(value) or sorted(labels) != list(range(len(labels))):
         raise ValueError
     return dict(sorted(labels.items()))
 
 
-def _label2id(value):
+def _label2id(value: Any) -> dict[str, int]:
     return {_text(label): whole(0).convert(index) for label, index in value.items()}
 
 
@@ -121,10 +121,11 @@ NOT_NEGATIVE = real("a number, 0 or more", lambda value: value >= 0)
 ACTIVATION = Rule(one_of(*ACTIVATIONS).allowed + ", or a function", _activation)
 _ID2LABEL = Rule("a mapping from the class indices 0, 1, ... n - 1 to names", _id2label)
 _LABEL2ID = Rule("a mapping from class names to indices", _label2id)
+_MADE: Any = None  # default of labels, for which the constructor makes some
 _ARCHITECTURES = optional(list_of(Rule("a class name", _text)))
 
 
-def setting(default: Any, rule: Rule, *, omit_default: bool = False) -> Any:
+def setting(rule: Rule, *, default: Any, omit_default: bool = False) -> Any:
     """A dataclass field that `rule` guards; with `omit_default` the default is not written to `config.json`."""
     metadata = {"rule": rule, "default": default, "omit_default": omit_default}
     if isinstance(default, list):
@@ -135,11 +136,11 @@ def setting(default: Any, rule: Rule, *, omit_default: bool = False) -> Any:
 @dataclass_transform(kw_only_default=True, field_specifiers=(setting, dataclasses.field))
 def config_class(cls: type) -> type:
     """Makes `cls` a keyword-only dataclass whose constructor also takes the aliases of `attribute_map`."""
-    cls = dataclasses.dataclass(kw_only=True)(cls)
-    generated = cls.__init__
+    made: Any = dataclasses.dataclass(kw_only=True)(cls)
+    generated = made.__init__
 
     @functools.wraps(generated)
-    def __init__(self, **values):
+    def __init__(self: Any, **values: Any) -> None:
         values, derived = self._resolve(values)
         generated(self, **values)
         for name, value in derived.items():
@@ -149,17 +150,18 @@ def config_class(cls: type) -> type:
                     "it is computed, leave it out"
                 )
 
-    cls.__init__ = __init__
-    return cls
+    made.__init__ = __init__
+    return made
 
 
 class NumLabels:
     """The number of classes, which is the length of `id2label`. Assigning another number makes new labels LABEL_i."""
 
-    def __get__(self, config, owner=None):
-        return None if config is None else len(config.id2label)
+    def __get__(self, config: Any, owner: type | None = None) -> int:
+        # on the class, where dataclass asks for the default, None
+        return None if config is None else len(config.id2label)  # type: ignore[return-value]
 
-    def __set__(self, config, value):
+    def __set__(self, config: Any, value: int | None) -> None:
         if not config._constructed:
             return  # the constructor has turned the number into labels already
         value = config._checked("num_labels", value, whole(0))
@@ -194,24 +196,24 @@ class ModelConfig:
     derived: ClassVar[tuple[str, ...]] = ()
     _constructed: ClassVar[bool] = False
 
-    num_labels: int | None = NumLabels()
-    id2label: dict[int, str] | None = dataclasses.field(default=None, repr=False, metadata={"rule": _ID2LABEL})
-    label2id: dict[str, int] | None = dataclasses.field(default=None, repr=False, metadata={"rule": _LABEL2ID})
-    problem_type: str | None = setting(None, optional(one_of(*PROBLEM_TYPES)), omit_default=True)
-    return_dict: bool = setting(True, FLAG, omit_default=True)
-    output_hidden_states: bool = setting(False, FLAG, omit_default=True)
-    output_attentions: bool = setting(False, FLAG, omit_default=True)
-    architectures: list[str] | None = setting(None, _ARCHITECTURES, omit_default=True)
-    dtype: str | None = setting(None, optional(one_of(*DTYPES)), omit_default=True)
+    num_labels: NumLabels = NumLabels()
+    id2label: dict[int, str] = dataclasses.field(default=_MADE, repr=False, metadata={"rule": _ID2LABEL})
+    label2id: dict[str, int] = dataclasses.field(default=_MADE, repr=False, metadata={"rule": _LABEL2ID})
+    problem_type: str | None = setting(optional(one_of(*PROBLEM_TYPES)), default=None, omit_default=True)
+    return_dict: bool = setting(FLAG, default=True, omit_default=True)
+    output_hidden_states: bool = setting(FLAG, default=False, omit_default=True)
+    output_attentions: bool = setting(FLAG, default=False, omit_default=True)
+    architectures: list[str] | None = setting(_ARCHITECTURES, default=None, omit_default=True)
+    dtype: str | None = setting(optional(one_of(*DTYPES)), default=None, omit_default=True)
     extra: dict[str, Any] = dataclasses.field(default_factory=dict, init=False)
 
-    def __init_subclass__(cls, **kwargs):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.attribute_map = {**ModelConfig.attribute_map, **cls.attribute_map}
         if cls.model_type:
             _CLASSES[cls.model_type] = cls
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         # Kept outside the fields: how a file spelled things does not make two configurations differ.
         self.__dict__.update(_constructed=True, _file_keys=frozenset(), _dtype_key="dtype")
         self.validate()
@@ -242,7 +244,7 @@ class ModelConfig:
         if changes.get("num_labels", self.num_labels) != self.num_labels or not changes.keys().isdisjoint(labels[1:]):
             changes = {"id2label": None, "label2id": None, **changes}
         names = {field.name for field in dataclasses.fields(self) if field.init}
-        values = {name: copy.deepcopy(self.__dict__.get(name)) for name in names}
+        values: dict[str, Any] = {name: copy.deepcopy(self.__dict__.get(name)) for name in names}
         given = {self.attribute_map.get(name, name) for name in changes}
         replaced = type(self)(**{name: values[name] for name in names - given}, **changes)
         replaced.__dict__.update(
@@ -266,7 +268,8 @@ class ModelConfig:
         found = data.get("model_type", cls.model_type)
         if found != cls.model_type:
             raise ValueError(f"{cls.__name__} reads model_type {cls.model_type!r}, but this is {found!r}")
-        settings, extra = {}, {}
+        settings: dict[str, Any] = {}
+        extra: dict[str, Any] = {}
         for key, value in data.items():
             target = cls.attribute_map.get(key, key)
             if key == "model_type" or target in cls.derived:
@@ -335,7 +338,7 @@ class ModelConfig:
         Path(directory).mkdir(parents=True, exist_ok=True)
         write_text(Path(directory) / CONFIG_FILE, text)
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         name = self.attribute_map.get(name, name)
         field = self.__dataclass_fields__.get(name)
         if field is not None and "rule" in field.metadata:
@@ -350,7 +353,7 @@ class ModelConfig:
         if name == "id2label" and self._constructed:
             self.label2id = {label: index for index, label in value.items()}
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         # Reached only for names that are no attribute. The instance may be empty still (copy, pickle), hence __dict__.
         if name in type(self).attribute_map:
             return getattr(self, type(self).attribute_map[name])
@@ -366,7 +369,8 @@ class ModelConfig:
     @classmethod
     def _resolve(cls, values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Replaces aliases, checks the names, settles the labels; returns the fields and the computed values given."""
-        fields, derived = {}, {}
+        fields: dict[str, Any] = {}
+        derived: dict[str, Any] = {}
         for name, value in values.items():
             target = cls.attribute_map.get(name, name)
             if target not in cls._init_names() and target not in cls.derived:

@@ -98,23 +98,23 @@ def _dilations(depths: tuple[int, ...], steps: tuple[int, ...]) -> list[list[int
 
 
 def _add_neighborhood(
-    name,
-    hub_name,
-    config_class,
-    count,
-    top1,
-    width,
-    depths,
-    mlp_ratio,
-    scale=0.0,
+    name: str,
+    hub_name: str,
+    config_class: type[ModelConfig],
+    count: int,
+    top1: float,
+    width: int,
+    depths: tuple[int, ...],
+    mlp_ratio: float,
+    scale: float = 0.0,
     *,
-    image_size=224,
-    kernel_size=7,
-    steps=(8, 4, 2, 1),
-    hub_id_confirmed=True,
-    doubt=None,
-    aliases=(),
-):
+    image_size: int = 224,
+    kernel_size: int = 7,
+    steps: tuple[int, ...] = (8, 4, 2, 1),
+    hub_id_confirmed: bool = True,
+    doubt: str | None = None,
+    aliases: tuple[str, ...] = (),
+) -> None:
     """Adds a NAT or DiNAT: `steps` are the stages' dilations (DiNAT only), `doubt` says why `top1` is not sure."""
     settings = {
         "embed_dim": width,
@@ -146,7 +146,7 @@ def _add_neighborhood(
     _add(variant, config_class, settings, *aliases)
 
 
-def _add_swiftformer(size, depths, widths, count, top1):
+def _add_swiftformer(size: str, depths: list[int], widths: list[int], count: int, top1: float) -> None:
     variant = Variant(
         name=f"swiftformer-{size}",
         hub_id=f"MBZUAI/swiftformer-{size}",
@@ -166,7 +166,7 @@ def _add_swiftformer(size, depths, widths, count, top1):
     _add(variant, SwiftFormerConfig, {"depths": depths, "embed_dims": widths})
 
 
-def _add_vit_msn(size, count, width, layers, heads, patch_size):
+def _add_vit_msn(size: str, count: int, width: int, layers: int, heads: int, patch_size: int) -> None:
     variant = Variant(
         name=f"vit-msn-{size}",
         hub_id=f"facebook/vit-msn-{size}",
@@ -207,7 +207,7 @@ def _add_all() -> None:
             _add_neighborhood(
                 name, hub_name, config_class, count, top1, width, depths, mlp_ratio, scale, hub_id_confirmed=confirmed
             )
-    for name, count, top1, other, rest in (
+    large: tuple[tuple[str, int, float, float, dict[str, Any]], ...] = (
         ("dinat-large-in22k-in1k-224", 200_943_514, 86.6, 86.5, {}),
         ("dinat-large-in22k-in1k-384", 200_943_514, 87.4, 87.2, {"image_size": 384, "steps": (13, 6, 3, 1)}),
         (
@@ -217,7 +217,8 @@ def _add_all() -> None:
             87.3,
             {"image_size": 384, "kernel_size": 11, "aliases": ("dinat-large-11x11",)},
         ),
-    ):
+    )
+    for name, count, top1, other, rest in large:
         doubt = f"another table says {other}"
         _add_neighborhood(name, name, DinatConfig, count, top1, 192, _DEPTHS, 2.0, doubt=doubt, **rest)
     _add_swiftformer("xs", [3, 3, 6, 4], [48, 56, 112, 220], 3_475_360, 75.7)

@@ -21,7 +21,7 @@ from modelspec.configs.base import (
 from modelspec.configs.stages import rising_rates
 
 
-def _odd(value):
+def _odd(value: Any) -> int:
     value = whole(3).convert(value)
     if value % 2 == 0:
         raise ValueError
@@ -54,21 +54,21 @@ class NeighborhoodConfig(BackboneConfig):
     head_keys: ClassVar[tuple[str, ...]] = ("classifier", "hidden_states_norms")
     writes_default_stages: ClassVar[bool] = True
 
-    patch_size: int = setting(4, Rule("4, the only one there is", whole(4, 4).convert))
-    num_channels: int = setting(3, whole(1))
-    embed_dim: int = setting(64, whole(2))
-    depths: list[int] = setting([3, 4, 6, 5], list_of(whole(1)))
-    num_heads: list[int] = setting([2, 4, 8, 16], list_of(whole(1)))
-    kernel_size: int = setting(7, Rule("an odd int, 3 or more", _odd))
-    mlp_ratio: float = setting(3.0, POSITIVE)
-    qkv_bias: bool = setting(True, FLAG)
-    hidden_dropout_prob: float = setting(0.0, RATE)
-    attention_probs_dropout_prob: float = setting(0.0, RATE)
-    drop_path_rate: float = setting(0.1, RATE)
-    hidden_act: Any = setting("gelu", ACTIVATION)
-    initializer_range: float = setting(0.02, NOT_NEGATIVE)
-    layer_norm_eps: float = setting(1e-5, POSITIVE)
-    layer_scale_init_value: float = setting(0.0, NOT_NEGATIVE)
+    patch_size: int = setting(Rule("4, the only one there is", whole(4, 4).convert), default=4)
+    num_channels: int = setting(whole(1), default=3)
+    embed_dim: int = setting(whole(2), default=64)
+    depths: list[int] = setting(list_of(whole(1)), default=[3, 4, 6, 5])
+    num_heads: list[int] = setting(list_of(whole(1)), default=[2, 4, 8, 16])
+    kernel_size: int = setting(Rule("an odd int, 3 or more", _odd), default=7)
+    mlp_ratio: float = setting(POSITIVE, default=3.0)
+    qkv_bias: bool = setting(FLAG, default=True)
+    hidden_dropout_prob: float = setting(RATE, default=0.0)
+    attention_probs_dropout_prob: float = setting(RATE, default=0.0)
+    drop_path_rate: float = setting(RATE, default=0.1)
+    hidden_act: Any = setting(ACTIVATION, default="gelu")
+    initializer_range: float = setting(NOT_NEGATIVE, default=0.02)
+    layer_norm_eps: float = setting(POSITIVE, default=1e-5)
+    layer_scale_init_value: float = setting(NOT_NEGATIVE, default=0.0)
 
     @property
     def num_layers(self) -> int:
@@ -135,7 +135,7 @@ class DinatConfig(NeighborhoodConfig):
     base_model_prefix: ClassVar[str] = "dinat"
 
     dilations: list[list[int]] = setting(
-        [[1, 8, 1], [1, 4, 1, 4], [1, 2, 1, 2, 1, 2], [1, 1, 1, 1, 1]], list_of(list_of(whole(1)))
+        list_of(list_of(whole(1))), default=[[1, 8, 1], [1, 4, 1, 4], [1, 2, 1, 2, 1, 2], [1, 1, 1, 1, 1]]
     )
 
     def validate(self) -> None:

@@ -32,7 +32,9 @@ class ModelOutput(dict):
         """Returns the stored values in the order of `fields`."""
         return tuple(self.values())
 
-    def update(self, values: Mapping[str, Any] | Iterable[tuple[str, Any]] = (), /, **named: Any) -> None:
+    def update(  # type: ignore[override]  # of a dict, keys could be anything
+        self, values: Mapping[str, Any] | Iterable[tuple[str, Any]] = (), /, **named: Any
+    ) -> None:
         """Sets several fields; None removes one."""
         merged = {**self, **dict(values), **named}
         unknown = [name for name in merged if name not in self.fields]
@@ -53,32 +55,32 @@ class ModelOutput(dict):
         """Returns a shallow copy of the same class."""
         return type(self)(self)
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: str | int | slice) -> Any:
         if isinstance(key, int | slice):
             return self.to_tuple()[key]
         return super().__getitem__(key)
 
-    def __setitem__(self, name, value):
+    def __setitem__(self, name: str, value: Any) -> None:
         self.update({name: value})
 
-    def __ior__(self, values):
+    def __ior__(self, values: Any) -> Self:
         self.update(values)
         return self
 
-    def __or__(self, values):
+    def __or__(self, values: Any) -> Self:
         return type(self)({**self, **values})
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         if name in type(self).fields:
             return self.get(name)
         raise AttributeError(f"{type(self).__name__} has no field {name!r}; its fields are {list(self.fields)}")
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         if name not in self.fields:
             raise AttributeError(f"{type(self).__name__} has no field {name!r}; its fields are {list(self.fields)}")
         self[name] = value
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.items())})"
 
 

@@ -22,16 +22,16 @@ def resolve_out_features(
     (['stage1', 'stage2'], [1, 2])
     """
     stage_names = list(stage_names)
-    if out_features is None and out_indices is None:
-        return [stage_names[-1]], [len(stage_names) - 1]
-    from_names = None if out_features is None else _indices_of_names(stage_names, out_features)
-    from_numbers = None if out_indices is None else _indices_from_start(len(stage_names), out_indices)
-    if from_names is not None and from_numbers is not None and from_names != from_numbers:
-        raise ValueError(
-            f"out_features {out_features} and out_indices {list(out_indices)} choose different stages; "
-            f"give one of them (the stages are {stage_names})"
-        )
-    indices = from_numbers if from_names is None else from_names
+    if out_features is None:
+        last = [len(stage_names) - 1]
+        indices = last if out_indices is None else _indices_from_start(len(stage_names), out_indices)
+    else:
+        indices = _indices_of_names(stage_names, out_features)
+        if out_indices is not None and _indices_from_start(len(stage_names), out_indices) != indices:
+            raise ValueError(
+                f"out_features {out_features} and out_indices {list(out_indices)} choose different stages; "
+                f"give one of them (the stages are {stage_names})"
+            )
     return [stage_names[index] for index in indices], indices
 
 

@@ -19,7 +19,7 @@ from modelspec.configs.base import (
 from modelspec.configs.stages import rising_rates
 
 
-def _ratio(value):
+def _ratio(value: Any) -> float:
     value = POSITIVE.convert(value)
     return int(value) if value.is_integer() else value
 
@@ -51,23 +51,23 @@ class SwiftFormerConfig(BackboneConfig):
     head_keys: ClassVar[tuple[str, ...]] = ("norm", "head", "dist_head")
     num_labels_keys: ClassVar[tuple[str, ...]] = ("head", "dist_head")
 
-    image_size: int = setting(224, whole(1))
-    num_channels: int = setting(3, whole(1))
-    depths: list[int] = setting([3, 3, 6, 4], list_of(whole(1)))
-    embed_dims: list[int] = setting([48, 56, 112, 220], list_of(whole(2)))
-    mlp_ratio: int | float = setting(4, Rule(POSITIVE.allowed, _ratio))
-    downsamples: list[bool] = setting([True, True, True, True], list_of(FLAG))
-    hidden_act: Any = setting("gelu", ACTIVATION)
-    down_patch_size: int = setting(3, whole(1))
-    down_stride: int = setting(2, whole(1))
-    down_pad: int = setting(1, whole(0))
-    drop_path_rate: float = setting(0.0, RATE)
-    drop_mlp_rate: float = setting(0.0, RATE)
-    drop_conv_encoder_rate: float = setting(0.0, RATE)
-    use_layer_scale: bool = setting(True, FLAG)
-    layer_scale_init_value: float = setting(1e-5, NOT_NEGATIVE)
-    batch_norm_eps: float = setting(1e-5, POSITIVE)
-    attention_norm: str = setting("softmax", one_of("softmax", "l2"), omit_default=True)
+    image_size: int = setting(whole(1), default=224)
+    num_channels: int = setting(whole(1), default=3)
+    depths: list[int] = setting(list_of(whole(1)), default=[3, 3, 6, 4])
+    embed_dims: list[int] = setting(list_of(whole(2)), default=[48, 56, 112, 220])
+    mlp_ratio: int | float = setting(Rule(POSITIVE.allowed, _ratio), default=4)
+    downsamples: list[bool] = setting(list_of(FLAG), default=[True, True, True, True])
+    hidden_act: Any = setting(ACTIVATION, default="gelu")
+    down_patch_size: int = setting(whole(1), default=3)
+    down_stride: int = setting(whole(1), default=2)
+    down_pad: int = setting(whole(0), default=1)
+    drop_path_rate: float = setting(RATE, default=0.0)
+    drop_mlp_rate: float = setting(RATE, default=0.0)
+    drop_conv_encoder_rate: float = setting(RATE, default=0.0)
+    use_layer_scale: bool = setting(FLAG, default=True)
+    layer_scale_init_value: float = setting(NOT_NEGATIVE, default=1e-5)
+    batch_norm_eps: float = setting(POSITIVE, default=1e-5)
+    attention_norm: str = setting(one_of("softmax", "l2"), default="softmax", omit_default=True)
 
     @property
     def drop_paths(self) -> list[list[float]]:

@@ -39,19 +39,19 @@ class ViTMSNConfig(BackboneConfig):
     model_type: ClassVar[str] = "vit_msn"
     base_model_prefix: ClassVar[str] = "vit"
 
-    hidden_size: int = setting(768, whole(1))
-    num_hidden_layers: int = setting(12, whole(1))
-    num_attention_heads: int = setting(12, whole(1))
-    intermediate_size: int = setting(3072, whole(1))
-    hidden_act: Any = setting("gelu", ACTIVATION)
-    hidden_dropout_prob: float = setting(0.0, RATE)
-    attention_probs_dropout_prob: float = setting(0.0, RATE)
-    initializer_range: float = setting(0.02, NOT_NEGATIVE)
-    layer_norm_eps: float = setting(1e-6, POSITIVE)
-    image_size: int = setting(224, _SIDE)
-    patch_size: int = setting(16, _SIDE)
-    num_channels: int = setting(3, whole(1))
-    qkv_bias: bool = setting(True, FLAG)
+    hidden_size: int = setting(whole(1), default=768)
+    num_hidden_layers: int = setting(whole(1), default=12)
+    num_attention_heads: int = setting(whole(1), default=12)
+    intermediate_size: int = setting(whole(1), default=3072)
+    hidden_act: Any = setting(ACTIVATION, default="gelu")
+    hidden_dropout_prob: float = setting(RATE, default=0.0)
+    attention_probs_dropout_prob: float = setting(RATE, default=0.0)
+    initializer_range: float = setting(NOT_NEGATIVE, default=0.02)
+    layer_norm_eps: float = setting(POSITIVE, default=1e-6)
+    image_size: int = setting(_SIDE, default=224)
+    patch_size: int = setting(_SIDE, default=16)
+    num_channels: int = setting(whole(1), default=3)
+    qkv_bias: bool = setting(FLAG, default=True)
 
     @property
     def channels(self) -> dict[str, int]:

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -84,10 +84,10 @@ class ImageProcessor:
     def __init__(
         self,
         *,
-        size: int | Mapping[str, int] | tuple[int, int] = 224,
+        size: int | Mapping[str, int] | Sequence[int] = 224,
         resample: int = 2,
-        image_mean: float | list[float] = (0.5, 0.5, 0.5),
-        image_std: float | list[float] = (0.5, 0.5, 0.5),
+        image_mean: float | Sequence[float] = (0.5, 0.5, 0.5),
+        image_std: float | Sequence[float] = (0.5, 0.5, 0.5),
         do_resize: bool = True,
         do_rescale: bool = True,
         rescale_factor: float = 1 / 255,
@@ -110,13 +110,13 @@ class ImageProcessor:
             None if input_data_format is None else _data_format("input_data_format", input_data_format)
         )
         self._unknown: dict[str, Any] = {}
-        lengths = {len(value) for value in (self.image_mean, self.image_std) if isinstance(value, list)}
-        if len(lengths) > 1:
+        lengths = [len(value) for value in (self.image_mean, self.image_std) if isinstance(value, list)]
+        if len(set(lengths)) > 1:
             raise ValueError(
-                f"ImageProcessor.image_std has {len(self.image_std)} entries but image_mean has {len(self.image_mean)};"
+                f"ImageProcessor.image_std has {lengths[1]} entries but image_mean has {lengths[0]};"
                 " give one entry per channel in both"
             )
-        self.num_channels = lengths.pop() if lengths else 3
+        self.num_channels = lengths[0] if lengths else 3
 
     def __call__(self, images: Any, *, return_tensors: str | None = None, **overrides: Any) -> ImageBatch:
         """Processes one image or many.
@@ -156,7 +156,7 @@ class ImageProcessor:
         return self(images, **arguments)
 
     def _process(self, images: Any) -> np.ndarray:
-        processed = []
+        processed: list[np.ndarray] = []
         for name, image in iterate_images(images):
             pixels = read_image(
                 image,
@@ -320,7 +320,7 @@ class ImageProcessor:
     def __eq__(self, other: object) -> bool:
         return self.to_dict() == other.to_dict() if isinstance(other, ImageProcessor) else NotImplemented
 
-    __hash__ = None  # its fields can be set
+    __hash__ = None  # type: ignore[assignment]  # its fields can be set
 
     def __repr__(self) -> str:
         return f"ImageProcessor({json.dumps(self.to_dict(), sort_keys=True)})"
@@ -367,8 +367,9 @@ def _flag(field: str, value: Any) -> bool:
 
 
 def _number(field: str, value: Any, *, above: float) -> float:
-    # The comparison refuses NaN and the infinities, and unlike math.isfinite takes integers of any size.
-    if isinstance(value, bool) or not isinstance(value, Real) or not above < value <= sys.float_info.max:
+    # The comparison refuses NaN and the infinities, and unlike math.isfinite takes integers of any size. For type
+    # checkers numbers.Real has no order.
+    if isinstance(value, bool) or not isinstance(value, Real) or not above < value <= sys.float_info.max:  # type: ignore[operator]
         raise _refusal(field, value, "a finite number" + (f" above {above}" if math.isfinite(above) else ""))
     return float(value)
 
@@ -385,7 +386,7 @@ def _per_channel(field: str, value: Any, *, above: float) -> float | list[float]
 
 def _resample(value: Any) -> int:
     # Not all of Image.Resampling: Pillow 13 has filters that older versions, and the reference's files, do not know.
-    if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= value <= 5:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= int(value) <= 5:
         raise _refusal(
             "resample", value, "one of 0 (nearest), 1 (Lanczos), 2 (bilinear), 3 (bicubic), 4 (box), 5 (Hamming)"
         )

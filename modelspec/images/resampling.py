@@ -103,7 +103,7 @@ def height_comes_first(height: Any, width: Any, out_height: int, out_width: int)
 
 def resize(pixels: np.ndarray, height: int, width: int, resample: int) -> np.ndarray:
     """Resizes (H, W, ...) uint8 as Pillow does, in NumPy: what the frameworks do, written plainly."""
-    first = height_comes_first(*pixels.shape[:2], height, width)
+    first = height_comes_first(pixels.shape[0], pixels.shape[1], height, width)
     for axis in (0, 1) if first else (1, 0):
         pixels = _resize_axis(pixels, axis, (height, width)[axis], resample)
     return pixels
@@ -134,15 +134,15 @@ def _read_only(array: np.ndarray) -> np.ndarray:
 # The filters: x is the distance from the output's centre, in pixels of the smaller image.
 
 
-def _box(x, maths):
+def _box(x: Any, maths: Any) -> Any:
     return maths.where((x > -0.5) & (x <= 0.5), 1.0, 0.0)
 
 
-def _bilinear(x, maths):
+def _bilinear(x: Any, maths: Any) -> Any:
     return maths.maximum(1.0 - maths.abs(x), 0.0)
 
 
-def _hamming(x, maths):
+def _hamming(x: Any, maths: Any) -> Any:
     x = maths.abs(x)
     # Its two constants are of single precision in Pillow.
     window = float(np.float32(0.54)) + float(np.float32(0.46)) * maths.cos(x * math.pi)
@@ -150,18 +150,18 @@ def _hamming(x, maths):
     return maths.where(x < 1.0, inner, 0.0)
 
 
-def _bicubic(x, maths):
+def _bicubic(x: Any, maths: Any) -> Any:
     x = maths.abs(x)
     inner = (1.5 * x - 2.5) * x * x + 1.0
     outer = (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5
     return maths.where(x < 1.0, inner, maths.where(x < 2.0, outer, 0.0))
 
 
-def _lanczos(x, maths):
+def _lanczos(x: Any, maths: Any) -> Any:
     return maths.where((x >= -3.0) & (x < 3.0), _sinc(x, maths) * _sinc(x / maths.opaque(3.0), maths), 0.0)
 
 
-def _sinc(x, maths):
+def _sinc(x: Any, maths: Any) -> Any:
     angle = maths.where(x == 0.0, 1.0, x * math.pi)
     return maths.where(x == 0.0, 1.0, maths.sin(angle) / angle)
 

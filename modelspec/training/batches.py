@@ -4,7 +4,7 @@ A batch is a function of seed, epoch and number: a run that goes on after an int
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -138,12 +138,21 @@ class EvaluationBatches:
         batch_size: the last batch may be smaller.
     """
 
-    def __init__(self, images: LabelledImages, num_labels: int, processor=None, batch_size: int = 32):
+    def __init__(
+        self,
+        images: LabelledImages,
+        num_labels: int,
+        processor: Callable[[Any], Any] | None = None,
+        batch_size: int = 32,
+    ):
         _check_labels(images.labels, num_labels)
         self.images, self.num_labels, self.processor, self.batch_size = images, num_labels, processor, batch_size
 
     def __len__(self) -> int:
         return math.ceil(len(self.images.labels) / self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns pixel values (B, C, H, W) and targets (B, num_labels)."""

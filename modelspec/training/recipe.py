@@ -60,7 +60,7 @@ class Recipe:
     distillation: bool = False
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("batch_size", 1), ("accumulation_steps", 1), ("seed", 0)):
             _require(name, getattr(self, name), _is_whole(getattr(self, name), least), f"a whole number from {least}")
         for name in ("learning_rate", "epsilon"):
@@ -128,12 +128,13 @@ class Recipe:
 
 
 def _is_whole(value: Any, least: int) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def _is_number(value: Any) -> bool:
     """Whether it is a finite number, not negative."""
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= value < math.inf
+    # numbers.Real has no order for type checkers, and float() does not take every integer
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= value < math.inf  # type: ignore[operator]
 
 
 def _require(name: str, value: Any, holds: bool, allowed: str) -> None:

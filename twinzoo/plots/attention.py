@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -11,7 +12,9 @@ from twinzoo.plots.photographs import add_heat_bar, draw_heat, draw_photograph, 
 _COLUMNS = 7
 
 
-def plot_attention(image, attentions: Sequence, *, grid: tuple[int, int] | None = None, max_heads: int = 12) -> Figure:
+def plot_attention(
+    image: Any, attentions: Sequence, *, grid: tuple[int, int] | None = None, max_heads: int = 12
+) -> Figure:
     """Draws what the class token attends to: the heads of the last layer, and the attention rollout of all layers.
 
     Args:

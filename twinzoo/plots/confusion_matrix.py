@@ -5,7 +5,9 @@ from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 
 _COLORS = "Blues"
 _BLANK = "#f4f1ea"
@@ -14,7 +16,7 @@ _TICKS = 40  # names at most along a side
 _LONGEST = 24  # characters of a name
 
 
-def plot_confusion_matrix(matrix, labels: Sequence[str]) -> Figure:
+def plot_confusion_matrix(matrix: ArrayLike, labels: Sequence[str]) -> Figure:
     """Draws a confusion matrix: a row per true class, a column per predicted one, colours in percent of the row.
 
     Up to 20 classes, the squares also say their counts. Of many classes, only some are named along the sides, and the
@@ -56,7 +58,7 @@ def plot_confusion_matrix(matrix, labels: Sequence[str]) -> Figure:
     return figure
 
 
-def _counts(matrix) -> np.ndarray:
+def _counts(matrix: ArrayLike) -> np.ndarray:
     """(n, n) int64."""
     array = np.asarray(matrix)
     if array.ndim != 2 or array.shape[0] != array.shape[1] or not array.size:
@@ -66,7 +68,7 @@ def _counts(matrix) -> np.ndarray:
     return array.astype(np.int64)
 
 
-def _name_classes(axis, labels: Sequence[str], room: float) -> None:
+def _name_classes(axis: Axes, labels: Sequence[str], room: float) -> None:
     """Names classes along both sides, the columns' upright where `room`, inches of a column, is too small."""
     n = len(labels)
     places = range(0, n, math.ceil(n / _TICKS))
@@ -83,7 +85,7 @@ def _shorten(name: str) -> str:
     return name if len(name) <= _LONGEST else name[: _LONGEST - 1].rstrip() + "…"
 
 
-def _write_counts(axis, counts: np.ndarray, percent: np.ma.MaskedArray) -> None:
+def _write_counts(axis: Axes, counts: np.ndarray, percent: np.ma.MaskedArray) -> None:
     size = min(9.0, 26 / max(2, len(str(counts.max()))))
     for (row, column), count in np.ndenumerate(counts):
         if percent[row, column] is not np.ma.masked:

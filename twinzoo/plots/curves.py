@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -60,7 +61,7 @@ def plot_curves(history: Mapping[str, Sequence[float]]) -> Figure:
     return figure
 
 
-def _draw_measure(axis, name: str, series: Mapping[str, np.ndarray]) -> None:
+def _draw_measure(axis: Axes, name: str, series: Mapping[str, np.ndarray]) -> None:
     """Draws the panel of a measure that training and validation have."""
     factor, best, unit = (100, np.argmax, " %") if name == "accuracy" else (1, np.argmin, "")
     note = ""
@@ -77,7 +78,7 @@ def _draw_measure(axis, name: str, series: Mapping[str, np.ndarray]) -> None:
         axis.legend(frameon=False, fontsize=9)
 
 
-def _draw(axis, values: np.ndarray, label: str, color: str) -> np.ndarray:
+def _draw(axis: Axes, values: np.ndarray, label: str, color: str) -> np.ndarray:
     """Draws the finite ones of an epoch's values each; returns their epochs."""
     epochs = np.flatnonzero(np.isfinite(values)) + 1
     if len(epochs):

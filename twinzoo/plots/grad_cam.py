@@ -2,6 +2,7 @@
 
 import importlib
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -12,7 +13,7 @@ from twinzoo.plots.photographs import add_heat_bar, draw_heat, draw_photograph, 
 _HALVES = ("ptmodels", "tfmodels")
 
 
-def plot_grad_cam(image, model, pixel_values, label: int | None = None) -> Figure:
+def plot_grad_cam(image: Any, model: Any, pixel_values: Any, label: int | None = None) -> Figure:
     """Draws the Grad-CAM of a class over a photograph, next to the photograph; the title gives name and probability.
 
     What is lit are the parts of the last stage's map, of ViT-MSN the patches that the last layer attends to, that
@@ -48,7 +49,7 @@ def plot_grad_cam(image, model, pixel_values, label: int | None = None) -> Figur
     return figure
 
 
-def _half(model) -> ModuleType:
+def _half(model: Any) -> ModuleType:
     """Returns the `grad_cam` module of the half that the model's class stems from."""
     for cls in type(model).__mro__:
         half = cls.__module__.partition(".")[0]
@@ -59,7 +60,7 @@ def _half(model) -> ModuleType:
     )
 
 
-def _covered(model, pixels: np.ndarray, heat: np.ndarray) -> tuple[float, float]:
+def _covered(model: Any, pixels: np.ndarray, heat: np.ndarray) -> tuple[float, float]:
     """How many of the map's rows and columns lie within the image: the last ones may stand out of it."""
     stride = model.feature_info[-1]["reduction"]
     size = pixels.shape[1:3] if getattr(model, "data_format", "") == "channels_last" else pixels.shape[2:]

@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from modelspec.configs import DinatConfig, NatConfig
+from modelspec.configs import ModelConfig
 from neighborhood.windows import key_positions
 from twinzoo.plots.photographs import to_rgb
 
@@ -17,9 +19,9 @@ _QUERY = "#35e0ff"
 
 
 def plot_neighborhoods(
-    image,
+    image: Any,
     attentions: Sequence,
-    config: NatConfig | DinatConfig,
+    config: ModelConfig,
     pixel: tuple[int, int],
     *,
     input_size: tuple[int, int] | None = None,
@@ -75,12 +77,12 @@ def plot_neighborhoods(
     return figure
 
 
-def _map_sizes(config, size: tuple[int, int]) -> list[tuple[int, int]]:
+def _map_sizes(config: ModelConfig, size: tuple[int, int]) -> list[tuple[int, int]]:
     """Height and width of each stage's map: the stem halves twice, each downsampling once, rounding up."""
     return [tuple(math.ceil(length / (4 * 2**stage)) for length in size) for stage in range(config.num_layers)]
 
 
-def _weights(stage: int, entry, config) -> np.ndarray:
+def _weights(stage: int, entry: Any, config: ModelConfig) -> np.ndarray:
     """One stage's probabilities, as (heads, H', W', keys)."""
     array = np.asarray(entry.detach().cpu() if hasattr(entry, "detach") else entry, dtype=np.float64)
     if array.ndim != 5 or array.shape[0] != 1 or array.shape[-1] != config.kernel_size**2:
@@ -91,7 +93,15 @@ def _weights(stage: int, entry, config) -> np.ndarray:
     return array[0]
 
 
-def _draw(axis, photograph, weights, token, size, kernel_size: int, dilation: int) -> None:
+def _draw(
+    axis: Axes,
+    photograph: np.ndarray,
+    weights: np.ndarray,
+    token: tuple[int, ...],
+    size: tuple[int, ...],
+    kernel_size: int,
+    dilation: int,
+) -> None:
     """Draws one head's neighborhood of a token; keys in the padding of a map lie outside of the photograph."""
     height, width = photograph.shape[:2]
     cell = height / size[0], width / size[1]

@@ -1,14 +1,18 @@
 """Photographs as arrays, and maps laid over them."""
 
+from typing import Any
+
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image
 
 _COLORS = "inferno"
 _LARGEST = 1024  # pixels of a side; figures show no more, and many panels of a camera's image would fill the memory
 
 
-def to_rgb(image) -> np.ndarray:
+def to_rgb(image: Any) -> np.ndarray:
     """Returns a photograph as (H, W, 3) floats in 0..1.
 
     Args:
@@ -27,7 +31,7 @@ def to_rgb(image) -> np.ndarray:
     return np.clip(array[..., :3].astype(float), 0.0, 1.0)
 
 
-def to_panel(image) -> np.ndarray:
+def to_panel(image: Any) -> np.ndarray:
     """As `to_rgb`, with sides of at most 1024 pixels."""
     photograph = to_rgb(image)
     factor = _LARGEST / max(photograph.shape[:2])
@@ -38,18 +42,18 @@ def to_panel(image) -> np.ndarray:
     return np.asarray(shrunk) / 255.0
 
 
-def to_array(tensor) -> np.ndarray:
+def to_array(tensor: Any) -> np.ndarray:
     """Returns either half's tensor as a NumPy array; torch's as float64, since NumPy has no bfloat16."""
     return tensor.detach().cpu().double().numpy() if hasattr(tensor, "detach") else np.asarray(tensor)
 
 
-def draw_photograph(axis, photograph: np.ndarray) -> None:
+def draw_photograph(axis: Axes, photograph: np.ndarray) -> None:
     """Draws (H, W, 3) floats in 0..1, without ticks."""
     axis.imshow(photograph)
     axis.set_axis_off()
 
 
-def draw_heat(axis, photograph: np.ndarray, heat: np.ndarray, covered: tuple[float, float] | None = None) -> None:
+def draw_heat(axis: Axes, photograph: np.ndarray, heat: np.ndarray, covered: tuple[float, float] | None = None) -> None:
     """Lays a coarse map over a photograph: the stronger, the brighter and the less transparent.
 
     Args:
@@ -69,7 +73,7 @@ def draw_heat(axis, photograph: np.ndarray, heat: np.ndarray, covered: tuple[flo
     axis.imshow(percent, cmap=_COLORS, vmin=0, vmax=100, alpha=0.75 * (percent / 100) ** 0.7)
 
 
-def add_heat_bar(figure, axes) -> None:
+def add_heat_bar(figure: Figure, axes: Any) -> None:
     """Adds the legend of the colours of `draw_heat` to the right of `axes`."""
     colors = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, 100), _COLORS)
     bar = figure.colorbar(colors, ax=axes, shrink=0.8, aspect=30, pad=0.01)
