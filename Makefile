@@ -7,13 +7,13 @@ SOURCES := setup.cfg setup.py pyproject.toml constraints.txt $(wildcard neighbor
 VERSIONS ?= 2.16.2 2.19.1
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo test full lint tensorflow-versions wheels clean
+.PHONY: demo test full lint notebooks notebooks-store tensorflow-versions wheels clean
 
 demo: $(VENV)/ready  ## four families, two frameworks, one photograph
 	$(BIN)/python -m parity check nat-mini dinat-mini swiftformer-xs vit-msn-small
 
 test: $(VENV)/ready-oracle  ## the tests, those that need transformers too
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not notebook"
 
 full: $(VENV)/ready-oracle tensorflow-versions  ## everything, the slow tests and whole variants too
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -21,6 +21,12 @@ full: $(VENV)/ready-oracle tensorflow-versions  ## everything, the slow tests an
 	$(BIN)/python -m parity check --all --level all --json build/parity.json --html build/parity.html --junit build/parity.xml
 	$(BIN)/python -m parity check --all --full
 	$(BIN)/python -m benchmarks.neighborhood_attention
+
+notebooks: $(VENV)/ready  ## all notebooks, each in a fresh kernel
+	$(BIN)/python -m pytest -m notebook --durations=0 tests/test_notebooks.py
+
+notebooks-store: $(VENV)/ready  ## the same, and their outputs are stored in them
+	$(BIN)/python notebooks/execute.py
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -58,7 +58,8 @@ class Comparison:
         from parity.reporting import print_model
 
         text = io.StringIO()
-        console = Console(file=text, width=100, highlight=False, color_system=None)
+        # in a notebook, rich would show each line by itself and leave the text empty
+        console = Console(file=text, width=100, highlight=False, color_system=None, force_jupyter=False)
         sentence = self.report.explain_divergence()
         console.print("All agree." if sentence is None else sentence, soft_wrap=True)
         print_model(console, self.report)

@@ -99,6 +99,14 @@ def test_the_first_layer_that_differs_is_named(images):
     assert fixed.passed and all(row["floor"] is None for row in fixed.results)
 
 
+def test_the_table_is_text_in_a_notebook_too(images, monkeypatch):
+    model = cnn()
+    comparison = parity.compare(model, twin_of(model), images, calibrate=False)
+    outside = repr(comparison)
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert repr(comparison) == outside and "10 layers matched" in outside
+
+
 def test_in_float64_a_far_smaller_difference_is_seen(images):
     model = cnn("float64")
     twin = twin_of(model)
