@@ -3,7 +3,7 @@
 The statistics are constants then, so that normalizing is one more linear map; in training it is not.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -23,28 +23,27 @@ def fold_batch_norm(tensors: Mapping[str, np.ndarray], epsilon: float) -> tuple[
     folded, paths = dict(tensors), []
     suffix = ".running_mean"
     for path in (key.removesuffix(suffix) for key in tensors if key.endswith(suffix)):
-        before, after = _neighbours(path, tensors)
-        if before is None and after is None:
+        found = _neighbour(path, tensors)
+        if found is None:
             continue
+        convolution, merged = found
         scale, shift = _scale_and_shift(tensors, path, epsilon)
-        if before is not None:
-            _put(folded, before, *_after_convolution(*_convolution(tensors, before), scale, shift))
-        else:
-            _put(folded, after, *_before_convolution(*_convolution(tensors, after), scale, shift))
+        _put(folded, convolution, *merged(*_convolution(tensors, convolution), scale, shift))
         for name, value in (("weight", 1), ("bias", 0), ("running_mean", 0), ("running_var", 1 - epsilon)):
             folded[f"{path}.{name}"] = np.full_like(tensors[f"{path}.{name}"], value)
         paths.append(path)
     return folded, paths
 
 
-def _neighbours(path: str, tensors: Mapping[str, np.ndarray]) -> tuple[str | None, str | None]:
-    """Returns the convolution before a normalization and the one after it; at most one is there."""
+def _neighbour(path: str, tensors: Mapping[str, np.ndarray]) -> tuple[str, Callable] | None:
+    """Returns the convolution beside a normalization, and how the two are merged; None if there is none."""
     parent, _, name = path.rpartition(".")
     if name == "norm1":
-        return None, f"{parent}.fc1"
+        return f"{parent}.fc1", _normalized_before
     if name.isdecimal():
-        return f"{parent}.{int(name) - 1}", None
-    return next((f"{parent}.{conv}" for conv in _BEFORE if f"{parent}.{conv}.weight" in tensors), None), None
+        return f"{parent}.{int(name) - 1}", _normalized_after
+    beside = (f"{parent}.{convolution}" for convolution in _BEFORE if f"{parent}.{convolution}.weight" in tensors)
+    return next(((convolution, _normalized_after) for convolution in beside), None)
 
 
 def _scale_and_shift(tensors: Mapping[str, np.ndarray], path: str, epsilon: float) -> tuple[np.ndarray, np.ndarray]:
@@ -59,11 +58,15 @@ def _convolution(tensors: Mapping[str, np.ndarray], path: str) -> tuple[np.ndarr
     return tensors[f"{path}.weight"].astype(np.float64), tensors[f"{path}.bias"].astype(np.float64)
 
 
-def _after_convolution(weight, bias, scale, shift):
+def _normalized_after(
+    weight: np.ndarray, bias: np.ndarray, scale: np.ndarray, shift: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     return weight * scale[:, None, None, None], bias * scale + shift
 
 
-def _before_convolution(weight, bias, scale, shift):
+def _normalized_before(
+    weight: np.ndarray, bias: np.ndarray, scale: np.ndarray, shift: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     # 1x1 and without padding, or what is added would miss the border
     return weight * scale[None, :, None, None], bias + np.einsum("oikl,i->o", weight, shift)
 

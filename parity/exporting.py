@@ -104,7 +104,7 @@ def compare_exports(
                 _export(artefact, model, jobs[artefact]["artefact"], pixel_values.shape[2:])
             del model
         _forget()
-        processes = {artefact.process: [] for artefact in jobs}
+        processes: dict[str, list[dict[str, Any]]] = {artefact.process: [] for artefact in jobs}
         for artefact, job in jobs.items():
             processes[artefact.process].append(job)
         run_jobs(processes, Path(folder))

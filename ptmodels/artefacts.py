@@ -46,6 +46,7 @@ def write_onnx(model: PreTrainedModel, path: str | os.PathLike, image_size: tupl
     program = make_program(model, image_size)
     with _quiet():
         exported = torch.onnx.export(program, input_names=[INPUT], output_names=[OUTPUT], dynamo=True, verbose=False)
+    assert exported is not None  # it is None where it writes a file itself
     sizes = image_size or ("height", "width")
     onnx_file.write_onnx(
         path, exported.model_proto, ("batch", model.config.num_channels, *sizes), model.config.num_labels

@@ -82,7 +82,7 @@ def write_litert(
         path: the file.
         image_size: (height, width) in pixels.
         quantization: as there.
-        calibration: preprocessed images (N, C, H, W), or as the model's `data_format` says.
+        calibration: of int8, preprocessed images (N, C, H, W), or as the model's `data_format` says.
     """
     module, signatures = make_servable(model, (1, *image_size))
     del signatures["features"]
@@ -96,7 +96,7 @@ def write_litert(
             converter.target_spec.supported_types = [tf.float16]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that TensorFlow's own interpreter, which calibrates, will be dropped
-            content = _in_8_bits(converter, calibration) if quantization == "int8" else converter.convert()
+            content = converter.convert() if calibration is None else _in_8_bits(converter, calibration)
         Path(path).write_bytes(content)
 
 

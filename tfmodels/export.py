@@ -191,9 +191,9 @@ def export_litert(
         raise ValueError(f"quantization is {quantization!r}; allowed are None, {', '.join(QUANTIZED_BOUNDS)}")
     if image_size is None and image_processor is not None and image_processor.do_resize:
         image_size = (image_processor.size["height"], image_processor.size["width"])
-    if image_size is None:
-        raise ValueError("image_size is None; LiteRT needs one size, as a number or as (height, width)")
     size = check_image_size(image_size)
+    if size is None:
+        raise ValueError("image_size is None; LiteRT needs one size, as a number or as (height, width)")
     calibration = _calibration(model, quantization, calibration_images, image_processor, size)
     with atomic_file(path) as temporary:
         exported = folded(model) if fold_batch_norm else model
@@ -202,7 +202,7 @@ def export_litert(
         cases = pixel_cases(model.config, image_processor, size, any_size=False)
         if calibration is not None:  # of other images, 8 bits promise nothing
             cases = {f"calibration {len(calibration)}x{size[0]}x{size[1]}": calibration}
-        bound = QUANTIZED_BOUNDS.get(quantization, EXPORT_BOUND)
+        bound = EXPORT_BOUND if quantization is None else QUANTIZED_BOUNDS[quantization]
         report = _compare("litert", path, model, cases, bound, temporary)
         add_metadata(temporary, "litert", _metadata(report, model, image_processor, quantization=quantization))
     return _told(report, verbose)

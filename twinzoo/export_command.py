@@ -1,6 +1,7 @@
 """The command `twinzoo export`."""
 
 import argparse
+import importlib
 import json
 import os
 from pathlib import Path
@@ -108,10 +109,7 @@ def export_checkpoint(
     if calibration_images is not None:
         options["calibration_images"] = _sample(calibration_images)
     import_half(framework)
-    if framework == "tf":
-        from tfmodels import export as exports
-    else:
-        from ptmodels import export as exports
+    exports = importlib.import_module({"tf": "tfmodels.export", "torch": "ptmodels.export"}[framework])
     if format != "saved_model" and "image_size" not in options:
         options["image_size"] = (processor.size["height"], processor.size["width"])
     model = load_trained_classifier(framework, source)

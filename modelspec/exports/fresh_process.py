@@ -49,7 +49,7 @@ def write_job(
         library: of native operations of TensorFlow, which is loaded before.
     """
     stem = folder / (name or kind).replace(" ", "-")
-    np.savez(f"{stem}-inputs.npz", **inputs)
+    np.savez(f"{stem}-inputs.npz", **inputs)  # type: ignore[arg-type] # to mypy, any of them might be allow_pickle
     return {
         "kind": kind,
         "name": name or kind,
@@ -83,8 +83,10 @@ def run_jobs(jobs: Mapping[str, Sequence[dict[str, Any]]], folder: Path) -> None
             path = folder / f"{name}.json"
             path.write_text(json.dumps(list(its_jobs)), "utf-8")
             command = [sys.executable, "-P", run_artefact.__file__, str(path)]
-            options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
-            processes.append(stack.enter_context(subprocess.Popen(command, **options)))
+            process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+            )
+            processes.append(stack.enter_context(process))
             stack.callback(processes[-1].kill)
         for process in processes:
             said, logged = process.communicate()
@@ -94,11 +96,9 @@ def run_jobs(jobs: Mapping[str, Sequence[dict[str, Any]]], folder: Path) -> None
 
 def _reason(status: int, said: str, logged: str) -> str:
     """The last line that it said; of a process that had no time to say anything, how it ended as well."""
-    said, logged = ([line for line in text.split("\n") if line.strip()] for text in (said, logged))
-    if said:
-        return said[-1]
+    last_said, last_logged = ([line for line in text.split("\n") if line.strip()][-1:] for text in (said, logged))
     ended = f"signal {-status}" if status < 0 else f"exit status {status}"
-    return ": ".join([ended, *logged[-1:]])
+    return ": ".join(last_said or [ended, *last_logged])
 
 
 def outputs_of(job: Mapping[str, Any]) -> Arrays:

@@ -6,6 +6,7 @@ Varshney, CC0), astronaut (NASA, public domain); cropped and resized here, the a
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -33,8 +34,8 @@ def photographs_as_pixels(
         size: (height, width); the processor's by default.
     """
     processor = image_processor or _processor_of_family(config)
-    overrides = {"data_format": "channels_first"} | ({} if size is None else {"size": size, "do_resize": True})
-    pixels = processor(read_photographs(), **overrides).pixel_values
+    other: dict[str, Any] = {} if size is None else {"size": size, "do_resize": True}
+    pixels = processor(read_photographs(), data_format="channels_first", **other).pixel_values
     channels = np.arange(config.num_channels) % pixels.shape[1]  # of a model that is not for RGB
     return np.ascontiguousarray(pixels[:, channels])
 

@@ -11,6 +11,7 @@ import importlib.machinery
 import json
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -86,13 +87,13 @@ RUNS = {"saved_model": saved_model, "keras_file": keras_file, "program": program
 class Hiding:
     """Stands before a finder of modules, which then finds nothing of the hidden packages."""
 
-    def __init__(self, finder, hidden: set[str]):
+    def __init__(self, finder: Any, hidden: set[str]):
         self.finder, self.hidden = finder, hidden
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.finder, name)
 
-    def find_spec(self, name: str, path=None, target=None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         return None if name.partition(".")[0] in self.hidden else self.finder.find_spec(name, path, target)
 
 
@@ -114,7 +115,7 @@ def do(job: dict) -> None:
     present = absent & {name.partition(".")[0] for name in sys.modules}
     if present:
         raise RuntimeError(f"it needed {', '.join(sorted(present))}")
-    np.savez(job["outputs"], **outputs)
+    np.savez(job["outputs"], **outputs)  # type: ignore[arg-type] # to mypy, any of them might be allow_pickle
 
 
 def main(path: str) -> int:
