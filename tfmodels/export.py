@@ -142,8 +142,7 @@ def export_onnx(
     size = check_image_size(image_size)
     with atomic_file(path) as temporary:
         write_onnx(folded(model) if fold_batch_norm else model, temporary, size)
-        cases = pixel_cases(model.config, image_processor, size, any_size=size is None)
-        report = _compare("onnx", path, model, cases, EXPORT_BOUND, temporary)
+        report = _compare("onnx", path, model, size, image_processor, temporary)
         add_metadata(temporary, "onnx", _metadata(report, model, image_processor))
     return _told(report, verbose)
 
@@ -199,11 +198,11 @@ def export_litert(
         exported = folded(model) if fold_batch_norm else model
         laid_out = None if calibration is None else _laid_out(model, calibration)
         write_litert(exported, temporary, size, quantization=quantization, calibration=laid_out)
-        cases = pixel_cases(model.config, image_processor, size, any_size=False)
+        cases = None
         if calibration is not None:  # of other images, 8 bits promise nothing
             cases = {f"calibration {len(calibration)}x{size[0]}x{size[1]}": calibration}
         bound = EXPORT_BOUND if quantization is None else QUANTIZED_BOUNDS[quantization]
-        report = _compare("litert", path, model, cases, bound, temporary)
+        report = _compare("litert", path, model, size, image_processor, temporary, bound, cases)
         add_metadata(temporary, "litert", _metadata(report, model, image_processor, quantization=quantization))
     return _told(report, verbose)
 
@@ -254,8 +253,17 @@ def _bound(model: TFPreTrainedModel, float32_bound: float) -> float:
 
 
 def _compare(
-    kind: str, path: str | os.PathLike, model: TFPreTrainedModel, cases: Arrays, bound: float, artefact: Path
+    kind: str,
+    path: str | os.PathLike,
+    model: TFPreTrainedModel,
+    size: tuple[int, int] | None,
+    image_processor: ImageProcessor | None,
+    artefact: Path,
+    bound: float = EXPORT_BOUND,
+    cases: Arrays | None = None,
 ) -> ExportReport:
+    if cases is None:
+        cases = pixel_cases(model.config, image_processor, size, any_size=size is None)
     expected = {case: _live(model, pixels) for case, pixels in cases.items()}
     inputs = {case: _laid_out(model, pixels) for case, pixels in cases.items()}
     return compare_with_live(kind, path, "keras", inputs, expected, bound, artefact=artefact)

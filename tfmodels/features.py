@@ -32,7 +32,7 @@ def compute_features(model: TFPreTrainedModel, pixel_values, kind: str, **option
     """Returns one vector for each image as a tensor, also inside a graph; `options` are those of the model's call."""
     if kind == CLS_BEFORE_NORM:
         return _class_token(_body_outputs(model, pixel_values, **options))
-    return _pooled(model, model.forward_features(pixel_values, training=False, **options))
+    return _pool(model, model.forward_features(pixel_values, training=False, **options))
 
 
 def compute_logits_and_features(model: TFPreTrainedModel, pixel_values, kind: str, **options):
@@ -41,7 +41,7 @@ def compute_logits_and_features(model: TFPreTrainedModel, pixel_values, kind: st
         outputs = _body_outputs(model, pixel_values, **options)
         return model.forward_head(outputs.last_hidden_state), _class_token(outputs)
     features = model.forward_features(pixel_values, training=False, **options)
-    return model.forward_head(features), _pooled(model, features)
+    return model.forward_head(features), _pool(model, features)
 
 
 def _body_outputs(model: TFPreTrainedModel, pixel_values, **options):
@@ -55,7 +55,7 @@ def _class_token(outputs):
     return outputs.hidden_states[-1][:, 0]
 
 
-def _pooled(model: TFPreTrainedModel, features):
+def _pool(model: TFPreTrainedModel, features):
     if isinstance(features, tuple):
         raise ValueError(f"{type(model).__name__} gives maps; use a bare model or a ForImageClassification model")
     if model.get_body() is not model:

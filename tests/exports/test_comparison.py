@@ -167,7 +167,10 @@ def test_metadata_of_others_are_none(tmp_path):
             read_metadata(tmp_path / name)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("nat_tiny", "vit_msn_tiny") else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES],
+)
 def test_eight_bits_are_near(name, tmp_path):
     """Compared on the calibration images, of which 8 bits promise something."""
     model = tfmodels.load(GOLDEN / name)
@@ -201,23 +204,9 @@ def test_the_native_operator_stays_and_says_what_it_needs(tmp_path):
     model = tfmodels.load(GOLDEN / "dinat_tiny")
     report = tfmodels.export.export_saved_model(model, tmp_path / "saved", native=True)
     assert read_metadata(tmp_path / "saved")["native"] is True and report.largest <= SAVED_MODEL_BOUND
-    load = "import tensorflow as tf; {}tf.saved_model.load('saved').signatures['serving_default']"
-    loading = {
-        "without": load.format(""),
-        "with": load.format("import tfmodels.ops; tfmodels.ops.load(); "),
-    }
-    root = Path(__file__).parents[2]
-    found = {
-        name: subprocess.run(
-            [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(root)!r}); {code}"],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-        )
-        for name, code in loading.items()
-    }
-    assert found["with"].returncode == 0, found["with"].stderr
-    assert found["without"].returncode != 0 and "Op type not registered" in found["without"].stderr
+    code = "import tensorflow as tf; tf.saved_model.load('saved').signatures['serving_default']"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert process.returncode != 0 and "Op type not registered" in process.stderr
 
 
 # Batch normalization

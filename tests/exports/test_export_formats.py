@@ -165,7 +165,7 @@ def test_an_export_that_fails_leaves_the_old_file(export, tmp_path, monkeypatch)
         fail()
 
     monkeypatch.setattr("torch.export.save", save)
-    monkeypatch.setattr("tensorflow.lite.python.lite.TFLiteSavedModelConverterV2.convert", fail)
+    monkeypatch.setattr("tensorflow.lite.TFLiteConverter.from_saved_model", fail)
     monkeypatch.setattr("onnx.ModelProto.SerializeToString", fail, raising=False)
     with pytest.raises(OSError, match="disk full"):
         export(path)

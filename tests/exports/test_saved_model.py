@@ -74,9 +74,9 @@ def near(actual, expected) -> bool:
 @pytest.mark.parametrize(
     ("name", "data_format"),
     [
-        *((name, "channels_first") for name in FAMILIES),
-        ("nat_tiny", "channels_last"),
-        ("vit_msn_tiny", "channels_last"),
+        *(("nat_tiny", "channels_first"), ("vit_msn_tiny", "channels_last")),
+        *(pytest.param(name, "channels_last", marks=pytest.mark.slow) for name in FAMILIES[:3]),
+        *(pytest.param(name, "channels_first", marks=pytest.mark.slow) for name in FAMILIES[1:]),
     ],
 )
 def test_a_process_with_only_tensorflow_answers_for_any_batch_and_size(name, data_format, tmp_path):

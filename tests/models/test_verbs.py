@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import torch
+from families import slow_but_for
 from halves import HALVES, to_numpy
 
 from modelspec.checkpoints import parameter_shapes, probing_weights
@@ -90,6 +91,7 @@ def test_a_new_classifier_has_new_labels_and_weights(half, config, tmp_path):
         model.reset_classifier(-1)
 
 
+@slow_but_for("dinat", "swiftformer")
 def test_a_new_classifier_learns(config, digits):
     keras.utils.set_random_seed(0)
     model = keras_class(config.model_type)(config)

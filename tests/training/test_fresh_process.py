@@ -6,6 +6,7 @@ import sys
 import keras
 import numpy as np
 import pytest
+from families import slow_but_for
 
 from modelspec.agreement import compare_all
 from tfmodels.auto import model_class
@@ -62,6 +63,7 @@ def trained(config, digits):
     return model, images[:5]
 
 
+@slow_but_for("nat", "swiftformer")
 def test_keras_files_reload_bit_equal(trained, tmp_path):
     model, images = trained
     np.save(tmp_path / "images.npy", images)
@@ -80,6 +82,7 @@ def test_keras_files_reload_bit_equal(trained, tmp_path):
         np.testing.assert_array_equal(variable, reloaded)
 
 
+@slow_but_for("dinat", "swiftformer")
 def test_a_trained_keras_model_runs_in_a_process_with_only_torch(trained, tmp_path):
     model, images = trained
     np.save(tmp_path / "images.npy", images)

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from families import FAMILIES, slow_but_for
 
 from modelspec import ImageProcessor
 from tfmodels.auto import model_class
@@ -79,7 +80,6 @@ def test_a_loss_given_to_compile_rules_over_the_own(config, digits):
     assert model.evaluate(images, labels, verbose=0) == pytest.approx(7.0)
 
 
-FAMILIES = ["nat", "dinat", "swiftformer", "vit_msn"]
 PRECISIONS = ["mixed_float16", "mixed_bfloat16", "float64"]
 QUICK_PRECISIONS = [
     *(("nat", "mixed_float16"), ("dinat", "float64")),
@@ -101,6 +101,7 @@ def test_other_precisions_learn(config, digits, dtype):
     assert {weight.dtype for weight in model.trainable_weights} == {variables}
 
 
+@slow_but_for("nat", "vit_msn")
 def test_xla_gives_the_same_training(config, digits):
     losses = []
     for jit_compile in (False, True):
@@ -111,6 +112,7 @@ def test_xla_gives_the_same_training(config, digits):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@slow_but_for("dinat", "swiftformer")
 def test_channels_last_trains_like_channels_first(config, digits):
     images, labels = digits
     losses = []
@@ -122,7 +124,15 @@ def test_channels_last_trains_like_channels_first(config, digits):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
+OTHER_PROBLEMS = list(itertools.product(FAMILIES, ["regression", "multi_label_classification"]))
+QUICK_PROBLEMS = [("swiftformer", "multi_label_classification"), ("vit_msn", "regression")]
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [kind if kind in QUICK_PROBLEMS else pytest.param(*kind, marks=pytest.mark.slow) for kind in OTHER_PROBLEMS],
+    indirect=["config"],
+)
 def test_other_problem_types_learn_and_stick(config, digits, problem):
     images, labels = digits
     if problem == "regression":
