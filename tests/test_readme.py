@@ -13,6 +13,7 @@ import twinzoo.__main__
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+RUN_ELSEWHERE = {"docs/serving.md"}  # tests/exports/test_serving.py, with a server
 PROGRAMS = {"twinzoo": twinzoo.__main__, "parity": parity.__main__}
 
 
@@ -26,7 +27,7 @@ def commands(page: str) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines if line.strip()]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python") and page not in RUN_ELSEWHERE])
 def test_the_examples_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert twinzoo.__main__.main(["digits", "digits"]) == 0
