@@ -140,6 +140,7 @@ def test_the_line_of_curl(folder, server, live):
     assert_near(found["logits"], live["logits"][0])
 
 
+@pytest.mark.slow
 def test_the_files_of_onnx_and_litert(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     config = SwiftFormerConfig(depths=[1, 1], embed_dims=[8, 16], downsamples=[True, True], num_labels=7)
