@@ -118,7 +118,7 @@ def neighborhood_attention(
     sizes = check_arguments(query.shape, key.shape, value.shape, kernel_size, dilation, bias_shape)
     scale = max(query.shape[-1], 1) ** -0.5 if scale is None else float(scale)
 
-    def obstacle() -> str | None:
+    def obstacle():
         if dropout is not None or return_probabilities:
             return "the kernels keep no probabilities, for dropout or to return them"
         if query.device.type != "cpu":

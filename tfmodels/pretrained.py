@@ -419,7 +419,8 @@ def _drawing_deferred():
 
 
 def _framework_seed() -> int:
-    return int(keras.random.randint((), 0, 2**31 - 1))
+    # a generator of its own: Keras' global one heeds `keras.utils.set_random_seed` after its first use since 3.13 only
+    return int(keras.random.randint((), 0, 2**31 - 1, seed=keras.random.SeedGenerator()))
 
 
 def _policy(dtype):

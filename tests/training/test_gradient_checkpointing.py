@@ -45,6 +45,7 @@ def make(half, config, checkpointing, dtype="float64"):
 
 def keras_run(config, checkpointing, steps=2, dtype="float64", **options):
     """Losses and gradients of some steps without updates, and the state after them."""
+    keras.utils.clear_session()  # the global seed as well, which the next line leaves alone before Keras 3.13
     keras.utils.set_random_seed(0)
     model = make(tfmodels, config, checkpointing, dtype)
     variables = [variable.value for variable in model.trainable_variables]

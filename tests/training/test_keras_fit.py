@@ -151,6 +151,7 @@ def test_sample_and_class_weights_weigh_the_own_loss(config, digits):
     model.compile("sgd")
     plain = model.evaluate(images, labels, verbose=0)
     assert model.evaluate(images, labels, sample_weight=np.full(10, 3.0), verbose=0) == pytest.approx(3 * plain)
+    model.reset_metrics()  # else the loss is the mean of all calls, before Keras 3.15
     weighted = model.train_on_batch(images, labels, class_weight={label: 0.0 for label in range(10)})
     assert float(np.ravel(weighted)[0]) == 0.0
 
