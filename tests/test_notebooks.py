@@ -90,5 +90,5 @@ def test_a_stored_notebook_is_clean(path):
 
 
 def test_there_are_notebooks():
-    names = {path.stem for path in NOTEBOOKS}
-    assert {"1-quickstart", "4-neighborhood-attention", "5-prove-your-port"} <= names
+    titles = ("quickstart", "fine-tune", "export-and-serve", "neighborhood-attention", "prove-your-port")
+    assert [path.stem for path in NOTEBOOKS] == [f"{number}-{title}" for number, title in enumerate(titles, start=1)]

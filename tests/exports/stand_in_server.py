@@ -76,7 +76,8 @@ class ServedModel:
         try:
             arrays = self.session.run({key: info.name for key, info in signature.outputs.items()}, feed)
         except (self.tf.errors.InvalidArgumentError, ValueError) as error:  # a shape that does not fit is a ValueError
-            raise bad(str(error)) from error
+            # Python puts words of its own before what the graph said
+            raise bad(getattr(error, "message", str(error)).removeprefix("Graph execution error:\n\n")) from error
         outputs = {key: from_array(array, key.endswith("_bytes")) for key, array in arrays.items()}
         (single,) = outputs.values() if len(outputs) == 1 else (None,)
         if not by_row:
