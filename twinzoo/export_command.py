@@ -7,8 +7,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from twinzoo.tables import indented, standard_output, table_of
 
 DONE = 0
@@ -164,8 +162,8 @@ def _sample(folder: str | os.PathLike) -> list[Path]:
     found = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     if not found:
         raise ValueError(f"{folder} holds no images")
-    chosen = np.unique(np.linspace(0, len(found) - 1, min(len(found), _CALIBRATED_WITH)).round().astype(int))
-    return [found[index] for index in chosen]
+    count = min(len(found), _CALIBRATED_WITH)
+    return [found[index * len(found) // count] for index in range(count)]
 
 
 def _print_report(report: Any) -> None:
