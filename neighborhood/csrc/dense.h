@@ -253,7 +253,7 @@ struct DenseForward {
       for (int64_t v = begin; v < end; v++) {
         Vector<T>* own = scores + (v - begin) * tokens;
         Vector<T> sum, maximum;
-        soften<T>(tokens / width, width, own, &sum, &maximum);
+        soften<T, 1>(tokens / width, width, own, 0, &sum, &maximum);
         const Vector<T> factor = T(1) / sum;
         const int64_t lanes = dense.lanes(v);
         sum_all_rows<T>(lanes, reinterpret_cast<const T*>(own), 1, n, tokens, values, padded_dim, result, false);
@@ -308,7 +308,7 @@ struct DenseBackward {
       Vector<T> logsumexp = {};
       for (int64_t i = 0; i < lanes; i++)
         logsumexp[i] = static_cast<T>(arguments.logsumexp[(map.offset + dense.offsets[v * n + i]) / dense.head_dim]);
-      slope<T>(tokens / width, width, logsumexp, weights + v * tokens, slopes + v * tokens);
+      slope<T, 1>(tokens / width, width, &logsumexp, weights + v * tokens, slopes + v * tokens, 0);
       sum_all_rows<T>(lanes, gradients, 1, n, tokens, keys, padded_dim, result, false);
       for (int64_t i = 0; i < lanes; i++)
         write_row(result + i * padded_dim, scale, dense.head_dim,

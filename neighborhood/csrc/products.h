@@ -131,26 +131,33 @@ struct WindowRows {
 };
 
 // Calls column(c, first, end) for each column c that the group's windows cover: queries first..end of it meet there,
-// with constants for a compiler that unrolls.
-template <int Queries, int Shift, typename Column>
+// with constants for a compiler that unrolls; all of them where it knows the `Kernel`, which is 0 else.
+template <int Queries, int Shift, int Kernel, typename Column>
 inline __attribute__((always_inline)) void over_columns(int64_t kernel, Column column) {
   constexpr int edge = Shift * (Queries - 1);
 #pragma GCC unroll 4
   for (int c = 0; c < edge; c++) column(c, 0, c + 1);
-  for (int64_t c = edge; c < kernel; c++) column(c, 0, Queries);
+  if constexpr (Kernel) {
+#pragma GCC unroll 16
+    for (int c = edge; c < Kernel; c++) column(c, 0, Queries);
 #pragma GCC unroll 4
-  for (int c = 0; c < edge; c++) column(kernel + c, c + 1, Queries);
+    for (int c = 0; c < edge; c++) column(Kernel + c, c + 1, Queries);
+  } else {
+    for (int64_t c = edge; c < kernel; c++) column(c, 0, Queries);
+#pragma GCC unroll 4
+    for (int c = 0; c < edge; c++) column(kernel + c, c + 1, Queries);
+  }
 }
 
 // Writes factor * sum of weight * row over the window of each query of the group: `Channels` vectors of channels from
 // `channel` on, of which `left` numbers are there. `to` and `factor` are the first query's; rows begin at column
-// `first_key`. `ahead` asks for memory.
-template <typename S, int Queries, int Shift, int Channels, typename Ahead, typename T = Computed<S>>
+// `first_key`. `Kernel` is `kernel` where the compiler is to know it, else 0. `ahead` asks for memory.
+template <typename S, int Queries, int Shift, int Channels, int Kernel, typename Ahead, typename T = Computed<S>>
 __attribute__((noinline)) void weighted_sum(const WindowRows<T>& window, const Group& group, int64_t first_key,
                                             int64_t kernel, int64_t channel, const T* factor, int64_t left, S* to,
                                             int64_t stride, Ahead& ahead) {
   constexpr int n = Simd<T>::kLanes;
-  constexpr int64_t rows_at_once = 2;  // sums of sums round less
+  constexpr int64_t rows_at_once = kSumBlock / (Kernel ? Kernel : kSumBlock / 2);  // sums of sums round less
   for (int64_t i = 0; i < group.count; i++, factor += Queries, to += Queries * stride) {
     ahead.step();
     const int64_t from = (group.start - first_key + i * Shift * Queries) * window.column_stride + channel;
@@ -160,7 +167,7 @@ __attribute__((noinline)) void weighted_sum(const WindowRows<T>& window, const G
       for (int64_t a = begin; a < smaller(begin + rows_at_once, window.count); a++) {
         const T* row = window.rows[a] + from;
         const T* weights = window.weights + a * window.weight_stride + i * Queries;
-        over_columns<Queries, Shift>(kernel, [&](int64_t c, int first, int end) __attribute__((always_inline)) {
+        over_columns<Queries, Shift, Kernel>(kernel, [&](int64_t c, int first, int end) __attribute__((always_inline)) {
           Vector<T> value[Channels];
 #pragma GCC unroll 4
           for (int v = 0; v < Channels; v++) value[v] = load(row + c * window.column_stride + v * n);
@@ -191,7 +198,7 @@ __attribute__((noinline)) void weighted_sum(const WindowRows<T>& window, const G
 }
 
 // row += weight * vector at every key of every query of the group; `vectors` is the first query's.
-template <typename S, int Queries, int Shift, int Channels, typename T = Computed<S>>
+template <typename S, int Queries, int Shift, int Channels, int Kernel, typename T = Computed<S>>
 __attribute__((noinline)) void spread(const WindowRows<T>& window, const Group& group, int64_t first_key,
                                       int64_t kernel, int64_t channel, int64_t left, const S* vectors, int64_t stride) {
   constexpr int n = Simd<T>::kLanes;
@@ -208,7 +215,7 @@ __attribute__((noinline)) void spread(const WindowRows<T>& window, const Group& 
     for (int64_t a = 0; a < window.count; a++) {
       T* row = window.rows[a] + to;
       const T* weights = window.weights + a * window.weight_stride + i * Queries;
-      over_columns<Queries, Shift>(kernel, [&](int64_t c, int first, int end) __attribute__((always_inline)) {
+      over_columns<Queries, Shift, Kernel>(kernel, [&](int64_t c, int first, int end) __attribute__((always_inline)) {
         Vector<T> sum[Channels] = {};
 #pragma GCC unroll 4
         for (int u = 0; u < Queries; u++) {
@@ -263,6 +270,18 @@ inline void with_variant(const Group& group, int64_t channels, Visit visit) {
     default:
       return with_variant<4, 1>(channels, visit);
   }
+}
+
+// Calls visit(kernel) with a constant for the usual kernel sizes, of groups that are most of a map, and with 0
+// otherwise.
+template <int Queries, int Shift, typename Visit>
+inline void with_kernel(int64_t kernel, Visit visit) {
+  if constexpr (Queries == kQueries && Shift == 1) {
+    if (kernel == 7) return visit(Constant<7>());
+    if (kernel == 5) return visit(Constant<5>());
+    if (kernel == 3) return visit(Constant<3>());
+  }
+  visit(Constant<0>());
 }
 
 }  // namespace

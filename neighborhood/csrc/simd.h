@@ -337,6 +337,32 @@ inline void write_transposed(const float* from, int64_t stride, float factor, in
 }
 #endif
 
+#if NEIGHBORHOOD_VECTOR_BYTES == 32
+// Loads put halves of rows in their places, so that a third of the shuffles is left.
+inline void write_transposed(const float* from, int64_t stride, float factor, int64_t width, float* to,
+                             int64_t to_stride) {
+  const float* middle = from + 4 * stride;
+#pragma GCC unroll 1
+  for (int64_t column = 0; column < width; column += 4, from += 4, middle += 4, to += 4 * to_stride) {
+    __m256 part[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++)
+      part[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from + i * stride)),
+                                     _mm_loadu_ps(middle + i * stride), 1);
+    const __m256d low = (__m256d)_mm256_unpacklo_ps(part[0], part[1]);
+    const __m256d high = (__m256d)_mm256_unpackhi_ps(part[0], part[1]);
+    const __m256d low2 = (__m256d)_mm256_unpacklo_ps(part[2], part[3]);
+    const __m256d high2 = (__m256d)_mm256_unpackhi_ps(part[2], part[3]);
+    const Vector<float> columns[4] = {
+        (Vector<float>)_mm256_unpacklo_pd(low, low2), (Vector<float>)_mm256_unpackhi_pd(low, low2),
+        (Vector<float>)_mm256_unpacklo_pd(high, high2), (Vector<float>)_mm256_unpackhi_pd(high, high2)};
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++)
+      if (column + i < width) store(to + i * to_stride, columns[i] * factor);
+  }
+}
+#endif
+
 // Writes (channels, kLanes) of a row of `count` <= kLanes elements: `channels` numbers each, `stride` apart. Lanes
 // beyond `count` repeat the last.
 template <typename S, typename T = Computed<S>>
@@ -360,48 +386,73 @@ void transpose(const S* from, int64_t stride, int64_t count, int64_t channels, T
 
 // Softmax
 
-// Replaces (rows, columns) scores by exp(score - maximum); returns the sum of these and the maximum, per lane.
-template <typename T>
-inline void soften(int64_t rows, int64_t columns, Vector<T>* scores, Vector<T>* sum, Vector<T>* maximum) {
-  const int64_t count = rows * columns;
-  Vector<T> largest[2] = {scores[0], scores[0]};
-  for (int64_t j = 0; j + 1 < count; j += 2) {
-    largest[0] = largest[0] > scores[j] ? largest[0] : scores[j];
-    largest[1] = largest[1] > scores[j + 1] ? largest[1] : scores[j + 1];
-  }
-  largest[0] = largest[0] > scores[count - 1] ? largest[0] : scores[count - 1];
-  *maximum = largest[0] > largest[1] ? largest[0] : largest[1];
-  *sum = Vector<T>{};
-  for (int64_t a = 0; a < rows; a++, scores += columns) {
-    Vector<T> row = {};  // sums of sums round less
-    for (int64_t o = 0; o < columns; o++) {
-      scores[o] = exponential<T>(scores[o] - *maximum);
-      row += scores[o];
+// Softmax of `Count` neighbouring queries per lane at once: one alone would wait for its own results.
+
+// Replaces (rows, columns) scores by exp(score - maximum); returns the sum of these and the maximum, per lane. The
+// scores of the next of `Count` lie `stride` vectors further on.
+template <typename T, int Count>
+inline void soften(int64_t rows, int64_t columns, Vector<T>* scores, int64_t stride, Vector<T>* sums,
+                   Vector<T>* maxima) {
+  Vector<T> largest[Count];
+#pragma GCC unroll 4
+  for (int r = 0; r < Count; r++) largest[r] = scores[r * stride];
+  for (int64_t j = 1; j < rows * columns; j++)
+#pragma GCC unroll 4
+    for (int r = 0; r < Count; r++) {
+      const Vector<T> score = scores[r * stride + j];
+      largest[r] = largest[r] > score ? largest[r] : score;
     }
-    *sum += row;
+  Vector<T> total[Count] = {};
+  for (int64_t a = 0; a < rows; a++) {
+    Vector<T> sum[Count] = {};  // sums of sums round less
+    for (const Vector<T>* end = scores + columns; scores < end; scores++)
+#pragma GCC unroll 4
+      for (int r = 0; r < Count; r++) {
+        const Vector<T> weight = exponential<T>(scores[r * stride] - largest[r]);
+        scores[r * stride] = weight;
+        sum[r] += weight;
+      }
+#pragma GCC unroll 4
+    for (int r = 0; r < Count; r++) total[r] += sum[r];
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < Count; r++) {
+    sums[r] = total[r];
+    maxima[r] = largest[r];
   }
 }
 
 // Turns (rows, columns) logits and gradients of probabilities into probabilities and gradients of logits.
-template <typename T>
-inline void slope(int64_t rows, int64_t columns, Vector<T> logsumexp, Vector<T>* weights, Vector<T>* slopes) {
-  Vector<T> delta = {}, total = {};
+template <typename T, int Count>
+inline void slope(int64_t rows, int64_t columns, const Vector<T>* logsumexp, Vector<T>* weights, Vector<T>* slopes,
+                  int64_t stride) {
+  Vector<T> delta[Count] = {}, total[Count] = {};
   for (int64_t a = 0; a < rows; a++) {
-    Vector<T> row_delta = {}, row_total = {};
-    for (int64_t j = a * columns; j < (a + 1) * columns; j++) {
-      weights[j] = exponential<T>(weights[j] - logsumexp);
-      row_delta += weights[j] * slopes[j];
-      row_total += weights[j];
+    Vector<T> row_delta[Count] = {}, row_total[Count] = {};
+    for (int64_t j = a * columns; j < (a + 1) * columns; j++)
+#pragma GCC unroll 4
+      for (int r = 0; r < Count; r++) {
+        const Vector<T> weight = exponential<T>(weights[r * stride + j] - logsumexp[r]);
+        weights[r * stride + j] = weight;
+        row_delta[r] += weight * slopes[r * stride + j];
+        row_total[r] += weight;
+      }
+#pragma GCC unroll 4
+    for (int r = 0; r < Count; r++) {
+      delta[r] += row_delta[r];
+      total[r] += row_total[r];
     }
-    delta += row_delta;
-    total += row_total;
   }
-  // The total is 1 but for the rounding of the log-sum-exp, which all weights of a query share.
-  const Vector<T> factor = T(1) / total;
-  delta *= factor;
-  for (int64_t j = 0; j < rows * columns; j++) {
-    weights[j] *= factor;
-    slopes[j] = weights[j] * (slopes[j] - delta);
+#pragma GCC unroll 4
+  for (int r = 0; r < Count; r++) {
+    // The total is 1 but for the rounding of the log-sum-exp, which all weights of a query share.
+    const Vector<T> factor = T(1) / total[r];
+    delta[r] *= factor;
+    Vector<T>*own_weights = weights + r * stride, *own_slopes = slopes + r * stride;
+    for (int64_t j = 0; j < rows * columns; j++) {
+      own_weights[j] *= factor;
+      own_slopes[j] = own_weights[j] * (own_slopes[j] - delta[r]);
+    }
   }
 }
 

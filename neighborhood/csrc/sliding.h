@@ -314,6 +314,15 @@ struct Bias {
   }
 };
 
+// Calls visit(count) with a constant: the number of rows of a block.
+template <typename Visit>
+inline void with_count(int64_t count, Visit visit) {
+  static_assert(kRowBlock == 3, "one case per number of rows");
+  if (count == 3) return visit(Constant<3>());
+  if (count == 2) return visit(Constant<2>());
+  visit(Constant<1>());
+}
+
 // Scores of rows [y, y + count) of queries of plane z, for one tile.
 //
 // `queries` is (count, head_dim) vectors; `scores` (count, sizes.scores) vectors, of which row r holds (planes of the
@@ -379,8 +388,11 @@ void weigh(const Sizes<T>& sizes, const Map& map, const Tile<T>& tile, T* const*
       const int64_t channels = channels_at_once((sizes.padded_dim - c) / n);
       S* first = to + (tile.first + group.first_lane) * map.stride[2] + c;
       with_variant(group, channels, [&](auto queries, auto shift, auto vectors) {
-        weighted_sum<S, queries(), shift(), vectors()>(window, group, first_key, kernel, c, factor + group.first_lane,
-                                                       sizes.head_dim - c, first, map.stride[2], prefetcher);
+        with_kernel<queries(), shift()>(kernel, [&](auto known) {
+          weighted_sum<S, queries(), shift(), vectors(), known()>(window, group, first_key, kernel, c,
+                                                                  factor + group.first_lane, sizes.head_dim - c, first,
+                                                                  map.stride[2], prefetcher);
+        });
       });
       c += channels * n;
     }
@@ -402,8 +414,10 @@ void scatter(const Sizes<T>& sizes, const Map& map, const Tile<T>& tile, T* cons
       const int64_t channels = channels_at_once((sizes.padded_dim - c) / n);
       const S* first = vectors + (tile.first + group.first_lane) * map.stride[2] + c;
       with_variant(group, channels, [&](auto queries, auto shift, auto parts) {
-        spread<S, queries(), shift(), parts()>(window, group, first_key, kernel, c, sizes.head_dim - c, first,
-                                               map.stride[2]);
+        with_kernel<queries(), shift()>(kernel, [&](auto known) {
+          spread<S, queries(), shift(), parts(), known()>(window, group, first_key, kernel, c, sizes.head_dim - c,
+                                                          first, map.stride[2]);
+        });
       });
       c += channels * n;
     }
@@ -512,19 +526,20 @@ struct SlidingForward {
                    sizes.head_dim, static_cast<T>(arguments.scale), reinterpret_cast<T*>(queries + r * sizes.head_dim),
                    n);
     score_tile<S>(sizes, map, tile, keys, bias, z, y, count, queries, scores, prefetcher);
+    Vector<T> sums[kRowBlock], maxima[kRowBlock];
+    with_count(count, [&](auto rows_at_once) {
+      soften<T, rows_at_once()>(planes * height, map.columns().kernel, scores, sizes.scores, sums, maxima);
+    });
     for (int64_t r = 0; r < count; r++) {
-      Vector<T>* row_scores = scores + r * sizes.scores;
-      Vector<T> sum, maximum;
-      soften<T>(planes * height, map.columns().kernel, row_scores, &sum, &maximum);
-      const Vector<T> factor = T(1) / sum;
+      const Vector<T> factor = T(1) / sums[r];
       for (int64_t p = 0; p < planes; p++)
         for (int64_t a = 0; a < height; a++)
           rows[p * height + a] = values.row(sizes, map.planes().start(z) + p, map.rows().start(y + r) + a);
       const int64_t row = first + r * map.stride[1];
-      weigh<S>(sizes, map, tile, rows, values.first_key, row_scores, reinterpret_cast<const T*>(&factor),
+      weigh<S>(sizes, map, tile, rows, values.first_key, scores + r * sizes.scores, reinterpret_cast<const T*>(&factor),
                arguments.output + row, prefetcher);
       if (!arguments.logsumexp) continue;
-      const Vector<T> logsumexp = maximum + logarithm<T>(sum);
+      const Vector<T> logsumexp = maxima[r] + logarithm<T>(sums[r]);
       const int64_t token = stride / sizes.head_dim;
       double* to = arguments.logsumexp + (row + tile.first * stride) / sizes.head_dim;
       for (int64_t i = 0; i < tile.lanes; i++) to[i * token] = logsumexp[i];
@@ -680,9 +695,11 @@ struct SlidingBackward {
     }
     score_tile<S>(sizes, map, tile, keys, bias, z, y, count, queries, weights, prefetcher);
     score_tile<S>(sizes, map, tile, values, Bias<T>{nullptr, nullptr}, z, y, count, grads, slopes, prefetcher);
+    with_count(count, [&](auto rows_at_once) {
+      slope<T, rows_at_once()>(planes * height, kernel, logsumexp, weights, slopes, sizes.scores);
+    });
     for (int64_t r = 0; r < count; r++) {
       Vector<T>*row_weights = weights + r * sizes.scores, *row_slopes = slopes + r * sizes.scores;
-      slope<T>(planes * height, kernel, logsumexp[r], row_weights, row_slopes);
       const int64_t row = first + r * map.stride[1], first_key = map.rows().start(y + r);
       if (own) {
         for (int64_t p = 0; p < planes; p++)
