@@ -3,9 +3,12 @@
 Tiles of queries meet their halos of keys (`neighborhood.tiles`) in dense products, with a mask.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+import tensorflow as tf
 from keras import backend, ops
 
 from neighborhood.tiles import Tiles, known_tiles
@@ -60,12 +63,59 @@ def attend(probabilities, value, kernel_size: Sequence[int], dilation: Sequence[
     return _weigh(ops.where(slots >= 0, probabilities, ops.zeros_like(probabilities)), value, tiles)
 
 
+class _Namespace:
+    """NumPy's functions on tensors, for tiles of a map whose size is not known yet.
+
+    TensorFlow's own, as Keras' `take` first looks for negative indices, which makes thrice as many operations of it.
+    """
+
+    def arange(self, stop, dtype: str):
+        return tf.range(stop, dtype=dtype)
+
+    def take(self, x, index, axis: int):
+        return tf.gather(x, index, axis=axis)
+
+    minimum, maximum, where, reshape = map(staticmethod, (tf.minimum, tf.maximum, tf.where, tf.reshape))
+
+
 def _tiles(x, kernel_size: Sequence[int], dilation: Sequence[int]) -> Tiles:
     """Cuts the spatial axes of (B, *spatial, heads, channels)."""
-    lengths = tuple(ops.shape(x)[1:-2])
-    if all(isinstance(length, int) for length in lengths):
+    lengths = tuple(x.shape[1:-2])
+    if None not in lengths:
         return known_tiles(lengths, tuple(kernel_size), tuple(dilation))
-    return Tiles(lengths, kernel_size, dilation, ops)
+    graph, wanted = tf.compat.v1.get_default_graph(), (*lengths, *kernel_size, *dilation)
+    shared = getattr(_sharing, "tiles", None)
+    for known_graph, known, tiles in shared or ():
+        if known_graph is graph and known == wanted:
+            return tiles
+    checks, sizes = [], ops.shape(x)[1:-2]
+    for axis, (length, size, kernel, step) in enumerate(zip(lengths, sizes, kernel_size, dilation, strict=True), 1):
+        if length is None:
+            message = f"kernel_size {kernel} times dilation {step} is more than the positions of axis {axis} of query"
+            checks.append(tf.debugging.Assert(size >= kernel * step, [message, size]))
+    with tf.control_dependencies(checks):  # which XLA, knowing the sizes, drops
+        sizes = [tf.identity(size) if length is None else size for length, size in zip(lengths, sizes, strict=True)]
+    tiles = Tiles(sizes, kernel_size, dilation, _Namespace())
+    if shared is not None:
+        shared.append((graph, wanted, tiles))
+    return tiles
+
+
+_sharing = threading.local()
+
+
+@contextlib.contextmanager
+def sharing_tiles() -> Iterator[None]:
+    """Within the context, which is for maps of one size, those of unknown size share their tiles in a graph.
+
+    Computing these is half of the graph of a network, and the blocks of a stage need the same ones.
+    """
+    before = getattr(_sharing, "tiles", None)
+    _sharing.tiles = []
+    try:
+        yield
+    finally:
+        _sharing.tiles = before
 
 
 def _index(array):
@@ -75,7 +125,7 @@ def _index(array):
 def _split(x, positions, tiles, elements: int):
     """Gathers (B, *spatial, heads, channels) into (B, tiles, heads, elements of a tile, channels)."""
     batch, *_, heads, channels = ops.shape(x)
-    x = ops.take(ops.reshape(x, (batch, -1, heads * channels)), _index(positions), axis=1)
+    x = tf.gather(ops.reshape(x, (batch, -1, heads * channels)), _index(positions), axis=1)
     if heads == 1:  # tf2onnx makes a wrong reshape of a transposition that moves nothing
         return ops.reshape(x, (batch, tiles, 1, elements, channels))
     return ops.transpose(ops.reshape(x, (batch, tiles, elements, heads, channels)), (0, 1, 3, 2, 4))
@@ -86,7 +136,7 @@ def _join(x, like, tiles: Tiles):
     batch, _, heads, _, channels = ops.shape(x)
     x = x if heads == 1 else ops.transpose(x, (0, 1, 3, 2, 4))  # see `_split`
     x = ops.reshape(x, (batch, -1, heads * channels))
-    return ops.reshape(ops.take(x, _index(tiles.outputs), axis=1), (*ops.shape(like)[:-2], heads, channels))
+    return ops.reshape(tf.gather(x, _index(tiles.outputs), axis=1), (*ops.shape(like)[:-2], heads, channels))
 
 
 def _logits(query, key, tiles: Tiles, rel_pos_bias):
@@ -136,7 +186,7 @@ def _cover(x, tiles: Tiles):
             shift = step * along.dilation
             x = x[(*before, slice(None, -shift))] + x[(*before, slice(shift, None))]
             covered += step
-        x = ops.take(x, _index(along.starts), axis=axis)
+        x = tf.gather(x, _index(along.starts), axis=axis)
     return x
 
 

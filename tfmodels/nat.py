@@ -11,6 +11,7 @@ from keras import ops
 from modelspec.configs import BackboneOutput, ImageClassifierOutputWithReshapedStates, ModelOutputWithReshapedStates
 from modelspec.configs.nat import NatConfig, NeighborhoodConfig
 from tfmodels.call_inputs import unpack_inputs
+from tfmodels.composed_attention import sharing_tiles
 from tfmodels.gradient_checkpointing import BlockSequence
 from tfmodels.layers import Conv2D, Dense, DropPath, LayerNormalization, LayerWithOutput, get_activation
 from tfmodels.losses import image_classification_loss
@@ -198,13 +199,15 @@ class NatLayer(LayerWithOutput):
 
     def pad_to_window(self, x):
         """Pads (B, H, W, C) on the right and below up to the window."""
+        sizes = list(ops.shape(x))
         for axis in (1, 2):
-            sizes = list(ops.shape(x))
             known = isinstance(sizes[axis], int)
             if known and sizes[axis] >= self.window:
                 continue
-            sizes[axis] = self.window - sizes[axis] if known else ops.maximum(self.window - sizes[axis], 0)
-            x = ops.concatenate([x, ops.zeros(sizes, x.dtype)], axis=axis)
+            missing = self.window - sizes[axis] if known else ops.maximum(self.window - sizes[axis], 0)
+            zeros = ops.zeros((*sizes[:axis], missing, *sizes[axis + 1 :]), x.dtype)
+            x = ops.concatenate([x, zeros], axis=axis)
+            sizes[axis] = sizes[axis] + missing
         return x
 
 
@@ -226,9 +229,10 @@ class NatStage(BlockSequence):
 
     def call(self, x, output_attentions=False, implementation="auto", training=None):
         options = {"implementation": implementation, "training": training}
-        for layer in self.layers[:-1]:
-            x, _ = self.run_block(layer, x, **options)
-        x, probabilities = self.run_block(self.layers[-1], x, output_attentions=output_attentions, **options)
+        with sharing_tiles():  # the maps of a stage have one size, also where the graph does not know it
+            for layer in self.layers[:-1]:
+                x, _ = self.run_block(layer, x, **options)
+            x, probabilities = self.run_block(self.layers[-1], x, output_attentions=output_attentions, **options)
         return x, x if self.downsample is None else self.downsample(x), probabilities
 
 

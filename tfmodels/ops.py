@@ -124,7 +124,7 @@ def _neighborhood_attention(
     if choose(implementation, _why_unavailable(), obstacle) == "native":
         biases = () if rel_pos_bias is None else (tf.cast(rel_pos_bias, query.dtype),)
         return _native_attention(query, key, value, *biases, sizes=sizes, scale=scale)
-    query, key, value = _after_checks(query, key, value, *sizes)
+    query, key, value = _after_checks(query, key, value)
     return composed_attention.neighborhood_attention(
         *(query, key, value, *sizes),
         rel_pos_bias=rel_pos_bias,
@@ -149,20 +149,17 @@ def _convert(name: str, tensor, query: tf.Tensor) -> tf.Tensor:
     return tensor
 
 
-def _after_checks(query, key, value, kernel_size: tuple[int, ...], dilation: tuple[int, ...]) -> list[tf.Tensor]:
+def _after_checks(query, key, value) -> list[tf.Tensor]:
     """Returns the tensors, to be had once sizes that are not known yet are checked (XLA knows them and drops this)."""
     checks = []
     for name, tensor in (("key", key), ("value", value)):
         if not (query.shape.is_fully_defined() and tensor.shape.is_fully_defined()):
-            message = f"query and {name} have different shapes"
-            checks.append(tf.debugging.assert_equal(tf.shape(query), tf.shape(tensor), message=message))
-    for axis, (kernel, step) in enumerate(zip(kernel_size, dilation, strict=True), start=1):
-        if query.shape[axis] is None:
-            message = f"kernel_size {kernel} times dilation {step} is more than the positions of axis {axis} of query"
-            checks.append(tf.debugging.assert_greater_equal(tf.shape(query)[axis], kernel * step, message=message))
+            shapes = tf.shape(query), tf.shape(tensor)
+            equal = tf.reduce_all(tf.equal(*shapes))
+            checks.append(tf.debugging.Assert(equal, [f"query and {name} have different shapes", *shapes]))
     if not checks:
         return [query, key, value]
-    with tf.control_dependencies([check for check in checks if check is not None]):
+    with tf.control_dependencies(checks):
         return [tf.identity(tensor) for tensor in (query, key, value)]
 
 

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import onnxruntime
 import pytest
+import tensorflow as tf
 import torch
 
 import modelspec
@@ -16,6 +17,8 @@ import tfmodels
 import tfmodels.export
 from modelspec import DinatConfig
 from modelspec.checkpoints import probing_weights
+from neighborhood.choice import prefer
+from ptmodels.artefacts import make_program
 
 pytestmark = pytest.mark.usefixtures("uncompared")
 
@@ -53,21 +56,28 @@ def names_and_shapes(values) -> list:
     return [(value.name, value.shape) for value in values]
 
 
+def tells_where_the_code_was(content: bytes) -> bool:
+    return any(Path(package.__file__).parents[1].as_posix().encode() in content for package in (modelspec, torch))
+
+
 @pytest.mark.parametrize("package", [ptmodels, tfmodels])
-@pytest.mark.parametrize(("image_size", "sizes"), [(None, ["height", "width"]), ((40, 24), [40, 24]), (32, [32, 32])])
+@pytest.mark.parametrize(
+    ("image_size", "sizes"),
+    [(None, ["height", "width"]), ((40, 24), [40, 24]), pytest.param(32, [32, 32], marks=pytest.mark.slow)],
+)
 def test_both_halves_write_onnx_with_the_same_names_and_sizes(package, image_size, sizes, vit_msn_config, tmp_path):
     path = tmp_path / "new" / "model.onnx"
     package.export.export_onnx(model_of(package, vit_msn_config), path, image_size=image_size)
     session = session_of(path)
     assert names_and_shapes(session.get_inputs()) == [("pixel_values", ["batch", 3, *sizes])]
     assert names_and_shapes(session.get_outputs()) == [("logits", ["batch", 10])]
+    assert not tells_where_the_code_was(path.read_bytes())
 
 
+@pytest.mark.parametrize("export", ["program", "litert"], indirect=True)
 def test_nothing_tells_where_on_the_machine_the_code_was(export, tmp_path):
     export(tmp_path / "model")
-    content = (tmp_path / "model").read_bytes()
-    assert Path(modelspec.__file__).parents[1].as_posix().encode() not in content
-    assert Path(torch.__file__).parents[1].as_posix().encode() not in content
+    assert not tells_where_the_code_was((tmp_path / "model").read_bytes())
 
 
 def test_onnx_of_channels_last_takes_channels_last(swiftformer_config, tmp_path):
@@ -137,17 +147,32 @@ def test_onnx_of_neighborhood_attention_is_for_any_size(package, tmp_path):
     )
 
 
-def test_blocks_of_a_stage_share_their_tiles(monkeypatch, tmp_path):
-    programs = []
-    monkeypatch.setattr("torch.export.save", lambda program, file, **_: programs.append(program))
+def test_blocks_of_a_stage_share_their_tiles():
+    def nodes(depth):
+        config = DILATED.replace(depths=[depth, 1], dilations=[[1] * depth, [1]])
+        return len(make_program(model_of(ptmodels, config), (64, 64)).graph.nodes)
 
-    def nodes(depths):
-        config = DILATED.replace(depths=depths, dilations=[[1] * depths[0], [1]])
-        ptmodels.export.export_program(model_of(ptmodels, config), tmp_path / "model.pt2", image_size=64)
-        return len(programs.pop().graph.nodes)
+    one, three = nodes(1), nodes(3)
+    assert three - one < one / 2
 
-    one, two, three = (nodes([depth, 1]) for depth in (1, 2, 3))
-    assert two - one == three - two < one / 4
+
+def test_blocks_of_a_stage_share_their_tiles_in_graphs_of_keras():
+    """Those of the same dilation, and only those."""
+
+    def traced(dilations):
+        model = model_of(tfmodels, DILATED.replace(depths=[len(dilations), 1], dilations=[dilations, [1]]))
+        signature = [tf.TensorSpec((None, 3, None, None), "float32")]
+        with prefer("composed"):
+            predict = tf.function(lambda images: model(images)["logits"], signature).get_concrete_function()
+        kinds = [operation.type for operation in predict.graph.get_operations()]
+        assert kinds.count("Softmax") == len(dilations) + 1
+        return kinds.count("FloorMod"), model, predict
+
+    (two_tiles, *_), (three_tiles, model, predict) = traced([1]), traced([1, 2, 1])
+    assert three_tiles == 3 * two_tiles / 2
+    for height, width in [(9, 12), (24, 61), (40, 25)]:
+        images = np.random.default_rng(0).standard_normal((2, 3, height, width), np.float32)
+        np.testing.assert_allclose(predict(tf.constant(images)), model(images).logits, rtol=0, atol=1e-5)
 
 
 # Failures
@@ -168,7 +193,7 @@ def test_an_export_that_fails_leaves_the_old_file(export, tmp_path, monkeypatch)
     monkeypatch.setattr("tensorflow.lite.TFLiteConverter.from_saved_model", fail)
     monkeypatch.setattr("onnx.ModelProto.SerializeToString", fail, raising=False)
     with pytest.raises(OSError, match="disk full"):
-        export(path)
+        export(path, image_size=32)
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
 
@@ -176,7 +201,9 @@ def test_an_export_that_fails_leaves_the_old_file(export, tmp_path, monkeypatch)
 def test_an_operation_that_onnx_lacks_is_refused(vit_msn_config, tmp_path):
     config = vit_msn_config.replace(hidden_act=lambda x: keras.ops.gelu(x, approximate=False))  # erfc
     with pytest.raises(ValueError, match="what ONNX does not define: .*Erfc"):
-        tfmodels.export.export_onnx(tfmodels.TFViTMSNForImageClassification(config), tmp_path / "model.onnx")
+        tfmodels.export.export_onnx(
+            tfmodels.TFViTMSNForImageClassification(config), tmp_path / "model.onnx", image_size=32
+        )
     assert not list(tmp_path.iterdir())
 
 
