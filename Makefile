@@ -20,10 +20,10 @@ demo: $(VENV)/ready  ## four families, two frameworks, one photograph
 	$(BIN)/python -m parity check nat-mini dinat-mini swiftformer-xs vit-msn-small
 
 test: $(VENV)/ready-oracle  ## the tests, those that need transformers too
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not notebook"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not notebook"
 
 full: $(VENV)/ready-oracle $(VENV)/ready-wheels tensorflow-versions oldest-versions  ## everything, the slow tests and whole variants too
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 	mkdir -p build
 	$(BIN)/python -m parity check --all --level all --json build/parity.json --html build/parity.html --junit build/parity.xml
 	$(BIN)/python -m parity check --all --full
@@ -62,7 +62,7 @@ $(VENV)-tensorflow-%/checked: $(VENV)/ready tests/neighborhood/check_op.py
 	@touch $@
 
 oldest-versions: $(VENV)-oldest/ready  ## the tests of the models, under the oldest versions that setup.cfg allows
-	$(VENV)-oldest/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not oracle" $(OLDEST_TESTS)
+	$(VENV)-oldest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not oracle" $(OLDEST_TESTS)
 
 $(VENV)-oldest/ready: $(VENV)/ready constraints-oldest.txt
 	$(PYTHON) -m venv --clear $(VENV)-oldest

@@ -58,6 +58,7 @@ def test_the_loss_falls_from_every_kind_of_data(config, digits, data, loss):
         assert_learns(model, tf.data.Dataset.from_tensor_slices(inside).batch(25), shuffle=False)
 
 
+@slow_but_for("dinat", "swiftformer")
 def test_evaluate_and_predict(config, digits):
     images, labels = digits[0][:20], digits[1][:20]
     model = make(config)
@@ -73,6 +74,7 @@ def test_evaluate_and_predict(config, digits):
     assert set(with_labels) == set(predicted) == {"logits"}
 
 
+@slow_but_for("nat", "vit_msn")
 def test_a_loss_given_to_compile_rules_over_the_own(config, digits):
     images, labels = digits[0][:20], digits[1][:20]
     model = make(config)
@@ -145,6 +147,7 @@ def test_other_problem_types_learn_and_stick(config, digits, problem):
     assert model.config.problem_type == problem
 
 
+@slow_but_for("nat", "swiftformer")
 def test_sample_and_class_weights_weigh_the_own_loss(config, digits):
     images, labels = digits[0][:10], digits[1][:10]
     model = make(config)
@@ -156,6 +159,7 @@ def test_sample_and_class_weights_weigh_the_own_loss(config, digits):
     assert float(np.ravel(weighted)[0]) == 0.0
 
 
+@slow_but_for("dinat", "vit_msn")
 def test_a_frozen_body_stays_as_it_is(config, digits):
     model = make(config)
     getattr(model, config.base_model_prefix).trainable = False
@@ -199,6 +203,7 @@ def test_outputs_are_read_by_attribute_key_and_position(config, digits):
     assert without.loss is None and "loss" not in without and without[0] is without.logits
 
 
+@slow_but_for("nat", "swiftformer")
 def test_the_config_decides_what_a_call_leaves_open(config, digits):
     model = make(config.replace(output_hidden_states=True, return_dict=False))
     logits, hidden_states = model(digits[0][:2])
@@ -207,6 +212,7 @@ def test_the_config_decides_what_a_call_leaves_open(config, digits):
     model.fit(digits[0][:20], digits[1][:20], batch_size=10, verbose=0)
 
 
+@slow_but_for("dinat", "vit_msn")
 def test_symbolic_models_reach_outputs_of_any_call(config, digits):
     model = make(config)
     inputs = keras.Input((3, None, None))
@@ -220,6 +226,7 @@ def test_symbolic_models_reach_outputs_of_any_call(config, digits):
     np.testing.assert_allclose(features(images)[0], expected.hidden_states[-1], atol=1e-5)
 
 
+@slow_but_for("nat", "swiftformer", "vit_msn")
 def test_a_graph_takes_unknown_batches_and_sizes(config):
     model = make(config)
     any_size = {"interpolate_pos_encoding": True} if config.model_type == "vit_msn" else {}
