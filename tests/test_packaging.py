@@ -153,6 +153,7 @@ def test_the_kernels_of_a_wheel_know_the_processor(wheel, tmp_path):
         ("LICENSE", None, None, "lacks the LICENSE"),
         (None, "tests/test_readme.py", None, "holds tests/test_readme.py, which is no part of the packages"),
         (None, None, "cp311-cp311-linux_x86_64", "is tagged cp311-cp311-linux_x86_64; it must be for any Python 3"),
+        (None, None, "py3-none-manylinux_2_28_x86_64", "lacks the licence of libc++, which is part of its libraries"),
         (None, None, "py3-none-any", "says inside Tag: py3-none-linux_x86_64; it must be py3-none-any"),
     ],
 )

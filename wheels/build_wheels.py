@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from check_wheel import MACHINES, ROOT, check_contents, check_libraries
+from check_wheel import LINKED, MACHINES, ROOT, check_contents, check_libraries
 
 GLIBC = (2, 28)
 
@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder, "made")
         sources = build_sdist(made, Path(folder, "sources"))
+        add_licences(sources)
         for machine in MACHINES:
             build_wheel(sources, machine, made)
         problems = []
@@ -54,10 +55,19 @@ def build_sdist(made: Path, unpacked: Path) -> Path:
     return unpacked / archive.name.removesuffix(".tar.gz")
 
 
+def add_licences(sources: Path) -> None:
+    """Puts the licences of what becomes part of the libraries where `license_files` of setup.cfg finds them."""
+    for name, path in LINKED.items():
+        shutil.copyfile(zig_folder() / path, sources / f"LICENSE.{name}")
+
+
+def zig_folder() -> Path:
+    return Path(importlib.util.find_spec("ziglang").origin).parent
+
+
 def build_wheel(sources: Path, machine: str, made: Path) -> None:
     """Builds the wheel for `machine` into `made`."""
-    zig = Path(importlib.util.find_spec("ziglang").origin).with_name("zig")
-    compiler = f"{shlex.quote(str(zig))} c++ -target {machine}-linux-gnu.{GLIBC[0]}.{GLIBC[1]}"
+    compiler = f"{shlex.quote(str(zig_folder() / 'zig'))} c++ -target {machine}-linux-gnu.{GLIBC[0]}.{GLIBC[1]}"
     environment = {
         "CXX": compiler,
         "CXXFLAGS": "-DNDEBUG",  # in place of the flags with which this Python was built

@@ -18,6 +18,13 @@ ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = {"neighborhood/libneighborhood.so", "neighborhood/libneighborhood_tensorflow.so"}
 # What every Linux has. libstdc++ is none of it: it may be older there than the one that was built with.
 NEEDED = {"libneighborhood.so", "libc.so.6", "libm.so.6", "libdl.so.2", "libpthread.so.0"}
+# part of the libraries of a wheel for manylinux -> its licence in the package `ziglang`
+LINKED = {
+    "libc++": "lib/libcxx/LICENSE.TXT",
+    "libc++abi": "lib/libcxxabi/LICENSE.TXT",
+    "libunwind": "lib/libunwind/LICENSE.TXT",
+    "zig": "LICENSE",
+}
 # machine -> its number in the header of a library, its loader
 MACHINES = {"x86_64": ("EM_X86_64", "ld-linux-x86-64.so.2"), "aarch64": ("EM_AARCH64", "ld-linux-aarch64.so.1")}
 # instruction set -> what /proc/cpuinfo names where it can be had
@@ -43,6 +50,9 @@ def check_contents(wheel: Path, root: Path = ROOT) -> list[str]:
             problems.append(f"says inside {field}: {told[field]}; it must be {expected}")
     if not any(name.endswith(".dist-info/licenses/LICENSE") for name in files):
         problems.append("lacks the LICENSE")
+    for part in LINKED if "-manylinux_" in tag else ():
+        if not any(name.endswith(f".dist-info/licenses/LICENSE.{part}") for name in files):
+            problems.append(f"lacks the licence of {part}, which is part of its libraries")
     files = {name for name in files if ".dist-info/" not in name}
     expected = package_files(root) | LIBRARIES
     problems += [f"lacks {name}" for name in sorted(expected - files)]
