@@ -106,20 +106,28 @@ _sharing = threading.local()
 
 @contextlib.contextmanager
 def sharing_tiles() -> Iterator[None]:
-    """Within the context, which is for maps of one size, those of unknown size share their tiles in a graph.
+    """Within the context, which is for maps of one size, what is the same of their tiles is once in a graph.
 
-    Computing these is half of the graph of a network, and the blocks of a stage need the same ones.
+    Computing tiles of unknown size is half of the graph of a network, those of known size are most of its bytes, and
+    the blocks of a stage need the same ones.
     """
-    before = getattr(_sharing, "tiles", None)
-    _sharing.tiles = []
+    before = vars(_sharing).copy()
+    _sharing.tiles, _sharing.constants = [], {}
     try:
         yield
     finally:
-        _sharing.tiles = before
+        vars(_sharing).clear()
+        vars(_sharing).update(before)
 
 
 def _index(array):
-    return ops.convert_to_tensor(array, dtype="int32")
+    constants = getattr(_sharing, "constants", None)
+    if constants is None or not isinstance(array, np.ndarray) or tf.executing_eagerly():
+        return ops.convert_to_tensor(array, dtype="int32")
+    graph = tf.compat.v1.get_default_graph()
+    if (graph, id(array)) not in constants:  # the array is kept, so that no other gets its number
+        constants[graph, id(array)] = ops.convert_to_tensor(array, dtype="int32"), array
+    return constants[graph, id(array)][0]
 
 
 def _split(x, positions, tiles, elements: int):
