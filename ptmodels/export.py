@@ -41,8 +41,8 @@ def export_program(
             logits = program(pixel_values=images)["logits"]
 
     A program for any size takes images of which the last map has two rows and two columns or more
-    (`smallest_image`) and refuses smaller ones; those of NAT and DiNAT take some minutes to export and to load, and one
-    for a single size seconds. Loading unpickles: load no file of strangers.
+    (`smallest_image`) and refuses smaller ones; those of NAT and DiNAT take some minutes to export and to load, longer
+    than one for a single size. Loading unpickles: load no file of strangers.
 
     The file is written under another name, loaded in a fresh process, compared with `model` on photographs, and then
     takes its name; so a failed export leaves nothing, or the old file. `read_metadata` of `modelspec.exports` tells the

@@ -120,7 +120,7 @@ def export_onnx(
         session = onnxruntime.InferenceSession(path)
         (logits,) = session.run(["logits"], {"pixel_values": images})
 
-    NAT and DiNAT take minutes to convert, for any size several times as many as for a single one.
+    NAT and DiNAT take minutes to convert for any size.
 
     Args:
         model: a model with a classification head, in float32.
