@@ -1,14 +1,17 @@
 """Layers that the families share. Twin: `tfmodels/layers.py`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from modelspec.training import BatchShare
 from neighborhood.attention_layer import check_layer, describe_input
 from neighborhood.windows import PerAxis
 from ptmodels.ops import neighborhood_attention
+from ptmodels.synchronized_batch_norm import SynchronizedNormalization, batch_statistics
 
 
 def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
@@ -43,7 +46,61 @@ def resize_map(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return functional.pad(x, (0, 0, 0, 1, 0, 1)).index_select(1, rows).index_select(2, columns)
 
 
-class DropPath(nn.Module):
+class SharesBatch(nn.Module):
+    """A layer that treats samples together, or draws for each; with a `share`, as if it had the whole batch.
+
+    See `ptmodels.distributed.share_batch`.
+    """
+
+    share: BatchShare | None = None
+
+    def draw_kept(self, x: torch.Tensor, shape: Sequence[int], probability: float) -> torch.Tensor:
+        """Returns ones, each with a probability, and zeros, of a shape (B, ...) and the dtype of `x`.
+
+        With a share they are those that one process would draw for its samples.
+
+        Raises:
+            ValueError: the samples are not as many as the share's.
+        """
+        if self.share is None:
+            return x.new_empty(shape).bernoulli_(probability)
+        if shape[0] != self.share.size:
+            raise ValueError(
+                f"there are {shape[0]} samples; this process's share of {self.share.total} is {self.share.size}"
+            )
+        whole = x.new_empty((self.share.total, *shape[1:])).bernoulli_(probability)
+        return whole[self.share.begin : self.share.stop]
+
+
+class BatchNorm2d(SharesBatch, nn.BatchNorm2d):
+    """torch's, and with a share over the samples of all processes: output, gradients and running statistics.
+
+    Input and output: (B, C, H, W).
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.share is None or not self.training:
+            return super().forward(x)
+        mean, variance, count = batch_statistics(x, self.share)
+        tracked: Any = self  # for torch, there may be no statistics
+        with torch.no_grad():
+            tracked.num_batches_tracked.add_(1)
+            tracked.running_mean.lerp_(mean.to(tracked.running_mean.dtype), tracked.momentum)
+            unbiased = variance * (count / (count - 1))
+            tracked.running_var.lerp_(unbiased.to(tracked.running_var.dtype), tracked.momentum)
+        return SynchronizedNormalization.apply(x, self.weight, self.bias, mean, variance, count, self.eps)
+
+
+class Dropout(SharesBatch, nn.Dropout):
+    """torch's, and with a share this process's part of what is drawn for the whole batch."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.share is None or not self.training or self.p == 0.0:
+            return super().forward(x)
+        return x * self.draw_kept(x, x.shape, 1.0 - self.p).div_(1.0 - self.p)
+
+
+class DropPath(SharesBatch):
     """Stochastic depth: in training, zeroes whole samples with probability `rate` and scales the others up.
 
     Input and output: (B, ...). Source: Huang et al., Deep Networks with Stochastic Depth, 2016.
@@ -60,7 +117,7 @@ class DropPath(nn.Module):
 
     def draw_mask(self, x: torch.Tensor) -> torch.Tensor:
         """Returns which samples stay, as ones and zeros of shape (B, 1, ...)."""
-        return x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(1.0 - self.rate)
+        return self.draw_kept(x, (x.shape[0],) + (1,) * (x.ndim - 1), 1.0 - self.rate)
 
 
 class NeighborhoodAttention(nn.Module):
@@ -114,9 +171,9 @@ class NeighborhoodAttention(nn.Module):
         if rel_pos_bias:
             table = torch.empty(num_heads, *(2 * size - 1 for size in self.kernel_size))
             self.rpb = nn.Parameter(nn.init.trunc_normal_(table, std=0.02, a=-2.0, b=2.0))
-        self.attn_drop = nn.Dropout(attn_drop)
+        self.attn_drop = Dropout(attn_drop)
         self.proj = nn.Linear(embed_dim, embed_dim)
-        self.proj_drop = nn.Dropout(proj_drop)
+        self.proj_drop = Dropout(proj_drop)
 
     def forward(
         self, x: torch.Tensor, output_attentions: bool = False

@@ -14,7 +14,7 @@ from modelspec.configs import BackboneOutput, ImageClassifierOutputWithReshapedS
 from modelspec.configs.nat import NatConfig, NeighborhoodConfig
 from modelspec.configs.outputs import ModelOutput
 from ptmodels.gradient_checkpointing import BlockSequence
-from ptmodels.layers import DropPath, get_activation, resize_map
+from ptmodels.layers import Dropout, DropPath, get_activation, resize_map
 from ptmodels.losses import image_classification_loss
 from ptmodels.ops import neighborhood_attention
 from ptmodels.pretrained import PreTrainedModel
@@ -50,7 +50,7 @@ class NatEmbeddings(nn.Module):
         super().__init__()
         self.patch_embeddings = NatPatchEmbeddings(config)
         self.norm = nn.LayerNorm(config.embed_dim, eps=FIXED_EPS)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.dropout(self.norm(self.patch_embeddings(pixel_values)))
@@ -80,7 +80,7 @@ class NatSelfAttention(nn.Module):
         self.key = nn.Linear(dim, dim, bias=config.qkv_bias)
         self.value = nn.Linear(dim, dim, bias=config.qkv_bias)
         self.rpb = nn.Parameter(torch.zeros(num_heads, 2 * config.kernel_size - 1, 2 * config.kernel_size - 1))
-        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
+        self.dropout = Dropout(config.attention_probs_dropout_prob)
 
     def forward(
         self, x: torch.Tensor, output_attentions: bool = False, implementation: str = "auto"
@@ -111,7 +111,7 @@ class NatSelfOutput(nn.Module):
     def __init__(self, config: NeighborhoodConfig, dim: int):
         super().__init__()
         self.dense = nn.Linear(dim, dim)
-        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)  # not hidden_dropout_prob, as in the reference
+        self.dropout = Dropout(config.attention_probs_dropout_prob)  # not hidden_dropout_prob, as in the reference
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.dropout(self.dense(x))
@@ -150,7 +150,7 @@ class NatOutput(nn.Module):
     def __init__(self, config: NeighborhoodConfig, dim: int):
         super().__init__()
         self.dense = nn.Linear(int(config.mlp_ratio * dim), dim)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.dropout(self.dense(x))

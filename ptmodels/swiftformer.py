@@ -17,7 +17,7 @@ from modelspec.configs import (
     SwiftFormerConfig,
 )
 from ptmodels.gradient_checkpointing import BlockSequence
-from ptmodels.layers import DropPath, get_activation
+from ptmodels.layers import BatchNorm2d, Dropout, DropPath, get_activation
 from ptmodels.losses import image_classification_loss
 from ptmodels.pretrained import PreTrainedModel
 
@@ -31,10 +31,10 @@ class SwiftFormerPatchEmbedding(nn.Module):
         self.patch_embedding = nn.ModuleList(
             [
                 nn.Conv2d(config.num_channels, dim // 2, kernel_size=3, stride=2, padding=1),
-                nn.BatchNorm2d(dim // 2, eps=config.batch_norm_eps),
+                BatchNorm2d(dim // 2, eps=config.batch_norm_eps),
                 nn.ReLU(),
                 nn.Conv2d(dim // 2, dim, kernel_size=3, stride=2, padding=1),
-                nn.BatchNorm2d(dim, eps=config.batch_norm_eps),
+                BatchNorm2d(dim, eps=config.batch_norm_eps),
                 nn.ReLU(),
             ]
         )
@@ -54,7 +54,7 @@ class SwiftFormerEmbeddings(nn.Module):
         self.proj = nn.Conv2d(
             in_dim, dim, kernel_size=config.down_patch_size, stride=config.down_stride, padding=config.down_pad
         )
-        self.norm = nn.BatchNorm2d(dim, eps=config.batch_norm_eps)
+        self.norm = BatchNorm2d(dim, eps=config.batch_norm_eps)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.norm(self.proj(x))
@@ -70,11 +70,11 @@ class SwiftFormerConvEncoder(nn.Module):
         super().__init__()
         hidden_dim = int(config.mlp_ratio * dim)
         self.depth_wise_conv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
-        self.norm = nn.BatchNorm2d(dim, eps=config.batch_norm_eps)
+        self.norm = BatchNorm2d(dim, eps=config.batch_norm_eps)
         self.point_wise_conv1 = nn.Conv2d(dim, hidden_dim, kernel_size=1)
         self.act = get_activation("gelu")
         self.point_wise_conv2 = nn.Conv2d(hidden_dim, dim, kernel_size=1)
-        self.drop_path = nn.Dropout(config.drop_conv_encoder_rate)
+        self.drop_path = Dropout(config.drop_conv_encoder_rate)
         self.layer_scale = nn.Parameter(torch.ones(dim, 1, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -90,11 +90,11 @@ class SwiftFormerMlp(nn.Module):
     def __init__(self, config: SwiftFormerConfig, dim: int):
         super().__init__()
         hidden_dim = int(config.mlp_ratio * dim)
-        self.norm1 = nn.BatchNorm2d(dim, eps=config.batch_norm_eps)
+        self.norm1 = BatchNorm2d(dim, eps=config.batch_norm_eps)
         self.fc1 = nn.Conv2d(dim, hidden_dim, kernel_size=1)
         self.act = get_activation(config.hidden_act)
         self.fc2 = nn.Conv2d(hidden_dim, dim, kernel_size=1)
-        self.drop = nn.Dropout(config.drop_mlp_rate)
+        self.drop = Dropout(config.drop_mlp_rate)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.drop(self.act(self.fc1(self.norm1(x))))  # (B, hidden_dim, H, W)
@@ -137,7 +137,7 @@ class SwiftFormerLocalRepresentation(nn.Module):
     def __init__(self, config: SwiftFormerConfig, dim: int):
         super().__init__()
         self.depth_wise_conv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
-        self.norm = nn.BatchNorm2d(dim, eps=config.batch_norm_eps)
+        self.norm = BatchNorm2d(dim, eps=config.batch_norm_eps)
         self.point_wise_conv1 = nn.Conv2d(dim, dim, kernel_size=1)
         self.act = get_activation("gelu")
         self.point_wise_conv2 = nn.Conv2d(dim, dim, kernel_size=1)
@@ -263,7 +263,7 @@ class SwiftFormerForImageClassification(PreTrainedModel):
         dim = config.embed_dims[-1]
         self.distilled_training = False
         self.swiftformer = SwiftFormerModel(config)
-        self.norm = nn.BatchNorm2d(dim, eps=config.batch_norm_eps)
+        self.norm = BatchNorm2d(dim, eps=config.batch_norm_eps)
         self.head = nn.Linear(dim, config.num_labels) if config.num_labels > 0 else nn.Identity()
         self.dist_head = nn.Linear(dim, config.num_labels) if config.num_labels > 0 else nn.Identity()
         self.initialize_weights()

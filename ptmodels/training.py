@@ -2,16 +2,16 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
 from torch.nn import functional
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from modelspec.parameter_groups import frozen_keys, has_weight_decay, learning_rate_scale
-from modelspec.training import EvaluationBatches, Recipe, TrainingBatches, TrainingState, matching_state
+from modelspec.training import BatchShare, EvaluationBatches, Recipe, TrainingBatches, TrainingState, matching_state
+from ptmodels.distributed import Engine, losses_told, make_engine
 from ptmodels.pretrained import PreTrainedModel
 
 OnStep = Callable[[int, int, float], None]
@@ -31,6 +31,10 @@ def fine_tune(
     Afterwards the model has the weights of the last epoch, or with `Recipe.ema` their moving average, which is what
     the figures of validation are of, too. Stages that the recipe freezes stay frozen. The model is in evaluation mode.
 
+    Inside of `ptmodels.distributed.joined`, all processes call this with the same arguments and share each batch; the
+    curves are those of one process. The first process alone writes the state and makes the calls. After an error
+    under `"fsdp"` the model has no weights.
+
     Args:
         model: a `...ForImageClassification` of this package.
         batches: what to train on, and the recipe.
@@ -45,9 +49,9 @@ def fine_tune(
         `val_loss` and `val_accuracy`, and `learning_rate` of the epoch's last step.
 
     Raises:
-        ValueError: the recipe does not fit the model.
+        ValueError: the recipe does not fit the model, or the processes.
         CheckpointError: the file at `state_path` is damaged, or of another recipe or model.
-        OSError: the state cannot be written; what was saved before is kept.
+        OSError: the state cannot be written, or another process was lost; what was saved before is kept.
     """
     recipe, per_epoch = batches.recipe, batches.steps_per_epoch
     check_recipe(model, recipe)
@@ -56,33 +60,39 @@ def fine_tune(
         model.freeze(upto=recipe.freeze)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    steps = _Steps(model, recipe, per_epoch)
-    history: dict[str, list[float]] = {}
-    if state is not None:
-        steps.restore(state)
-        history = {name: list(values) for name, values in state.history.items()}
     if recipe.distillation:
         model.set_distilled_training(True)  # type: ignore[operator]  # which `check_recipe` has seen
-    try:
-        for epoch in range(0 if state is None else state.epoch, recipe.epochs):
-            found = _train_epoch(model, batches, epoch, steps, on_step)
-            if validation is not None:
-                measured = evaluate(steps.measured_model, validation, recipe)
-                found |= {f"val_{name}": value for name, value in measured.items()}
-            found["learning_rate"] = recipe.learning_rate_at((epoch + 1) * per_epoch - 1, per_epoch)
-            for name, value in found.items():
-                history.setdefault(name, []).append(value)
-            reached = steps.state(epoch + 1, history)
-            if state_path is not None:
-                reached.save(state_path)
-            if on_epoch is not None:
-                on_epoch(reached)
-    finally:
-        if recipe.distillation:
-            model.set_distilled_training(False)  # type: ignore[operator]
-    with torch.no_grad():
-        for parameter, measured in zip(model.parameters(), steps.measured_model.parameters(), strict=True):
-            parameter.copy_(measured)
+    history: dict[str, list[float]] = {}
+    with losses_told():
+        engine = make_engine(model)
+        try:
+            engine.prepare(batches, state)
+            steps = _Steps(engine, recipe, per_epoch)
+            if state is not None:
+                steps.restore(state)
+                history = {name: list(values) for name, values in state.history.items()}
+            for epoch in range(0 if state is None else state.epoch, recipe.epochs):
+                found = _train_epoch(engine, batches, epoch, steps, on_step)
+                if validation is not None:
+                    with steps.averages_swapped_in():
+                        measured = _measure(engine, validation, recipe)
+                    found |= {f"val_{name}": value for name, value in measured.items()}
+                found["learning_rate"] = recipe.learning_rate_at((epoch + 1) * per_epoch - 1, per_epoch)
+                for name, value in found.items():
+                    history.setdefault(name, []).append(value)
+                reached = steps.state(epoch + 1, history)
+                if engine.rank == 0:
+                    if state_path is not None:
+                        reached.save(state_path)
+                    if on_epoch is not None:
+                        on_epoch(reached)
+                engine.wait()
+            steps.swap_averages()
+            engine.finish()
+        finally:
+            engine.close()
+            if recipe.distillation:
+                model.set_distilled_training(False)  # type: ignore[operator]
     model.eval()
     return history
 
@@ -109,12 +119,18 @@ def recipe_optimizer(
         recipe: says how; its groups of parameters are those of `modelspec.parameter_groups`.
         steps_per_epoch: optimizer steps.
     """
+    trained = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
+    return _optimizer(model, trained, recipe, steps_per_epoch)
+
+
+def _optimizer(
+    model: PreTrainedModel, trained: Mapping[str, torch.nn.Parameter], recipe: Recipe, steps_per_epoch: int
+) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
-    for key, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            scale = learning_rate_scale(model.config, key, recipe.layer_decay)
-            decay = recipe.weight_decay if has_weight_decay(key, parameter.shape) else 0.0
-            groups.setdefault((scale, decay), []).append(parameter)
+    for key, parameter in trained.items():
+        scale = learning_rate_scale(model.config, key, recipe.layer_decay)
+        decay = recipe.weight_decay if has_weight_decay(key, parameter.shape) else 0.0
+        groups.setdefault((scale, decay), []).append(parameter)
     optimizer = torch.optim.AdamW(
         [
             {"params": parameters, "lr": recipe.learning_rate * scale, "weight_decay": decay}
@@ -131,16 +147,24 @@ def recipe_optimizer(
 
 def evaluate(model: PreTrainedModel, batches: EvaluationBatches, recipe: Recipe | None = None) -> dict[str, float]:
     """Returns `loss` (smoothed as the recipe says) and `accuracy` of a model, in evaluation mode."""
+    return _measure(Engine(model), batches, recipe)
+
+
+def _measure(engine: Engine, batches: EvaluationBatches, recipe: Recipe | None) -> dict[str, float]:
     smoothing = 0.0 if recipe is None else recipe.label_smoothing
-    model.eval()
-    total, right, count = 0.0, 0, 0
-    with torch.inference_mode(), _precision(model, recipe):
-        for pixel_values, labels in batches:
-            logits = model(torch.from_numpy(pixel_values).to(model.device)).logits
-            targets = torch.from_numpy(labels).to(logits.device)
-            total += float(_loss(logits, targets, smoothing)) * len(targets)
+    model = engine.model.eval()
+    total, right, count = 0.0, 0.0, 0.0
+    # what is put together inside of inference mode would be of no use to training afterwards
+    without_gradients = torch.inference_mode() if engine.processes == 1 else torch.no_grad()
+    with without_gradients, _precision(model, recipe):
+        for pixel_values, labels, counted in batches.shares(engine.processes, engine.rank):
+            logits = model(torch.from_numpy(pixel_values).to(model.device)).logits[:counted]
+            targets = torch.from_numpy(labels).to(logits.device)[:counted]
+            if counted:
+                total += float(_loss(logits, targets, smoothing)) * counted
             right += _right(logits, targets)
-            count += len(targets)
+            count += counted
+    total, right, count = engine.sum(total, right, count)
     return {"loss": total / count, "accuracy": right / count}
 
 
@@ -164,39 +188,43 @@ def teacher_logits(model: PreTrainedModel) -> Callable[[np.ndarray], np.ndarray]
 
 
 def _train_epoch(
-    model: PreTrainedModel, batches: TrainingBatches, epoch: int, steps: "_Steps", on_step: OnStep | None
+    engine: Engine, batches: TrainingBatches, epoch: int, steps: "_Steps", on_step: OnStep | None
 ) -> dict[str, float]:
-    recipe = batches.recipe
-    model.train()
+    recipe, share = batches.recipe, engine.share(batches.part_size)
+    model = engine.model.train()
     torch.manual_seed(int(np.random.SeedSequence([recipe.seed, epoch]).generate_state(1)[0]))
-    total, right, count = 0.0, 0, 0
-    for number, (pixel_values, targets) in enumerate(_ahead(batches, epoch)):
+    # gradients are averaged over processes, whose shares may differ
+    weight = 1.0 if share is None else share.size * engine.processes / share.total
+    total, right, count = 0.0, 0.0, 0.0
+    for number, (pixel_values, targets) in enumerate(_ahead(batches, epoch, share)):
         images, wanted = (torch.from_numpy(array).to(model.device) for array in (pixel_values, targets))
-        with _precision(model, recipe):
-            logits = model(images).logits
-        loss = _loss(logits, wanted, recipe.label_smoothing)
-        (loss / recipe.accumulation_steps).backward()
-        total += float(loss.detach()) * len(images)
-        right += _right(logits, wanted)
-        count += len(images)
-        if (number + 1) % recipe.accumulation_steps == 0:
+        last = (number + 1) % recipe.accumulation_steps == 0
+        with engine.accumulates(last):
+            with _precision(model, recipe):
+                logits = engine.forward(images).logits
+            loss = _loss(logits, wanted, recipe.label_smoothing)
+            (loss * (weight / recipe.accumulation_steps)).backward()
+        own = float(loss.detach()) * len(images)
+        part_total, part_right, part_count = engine.sum(own, _right(logits, wanted), len(images))
+        total, right, count = total + part_total, right + part_right, count + part_count
+        if last:
             steps.take()
-            if on_step is not None:
+            if on_step is not None and engine.rank == 0:
                 done = epoch * batches.steps_per_epoch + (number + 1) // recipe.accumulation_steps
-                on_step(done, recipe.epochs * batches.steps_per_epoch, float(loss.detach()))
+                on_step(done, recipe.epochs * batches.steps_per_epoch, part_total / part_count)
     return {"loss": total / count, "accuracy": right / count}
 
 
-def _ahead(batches: TrainingBatches, epoch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _ahead(batches: TrainingBatches, epoch: int, share: BatchShare | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields the parts of an epoch; while one is trained on, the next is read."""
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(batches.part, epoch, 0)
+        coming = reader.submit(batches.part, epoch, 0, share)
         for index in range(batches.parts_per_epoch):
             part = coming.result()
             if index + 1 < batches.parts_per_epoch:
-                coming = reader.submit(batches.part, epoch, index + 1)
+                coming = reader.submit(batches.part, epoch, index + 1, share)
             yield part
 
 
@@ -218,73 +246,76 @@ def _right(logits: torch.Tensor, targets: torch.Tensor) -> int:
     return int((logits.argmax(-1) == targets.argmax(-1)).sum())
 
 
-def _clip(model: PreTrainedModel, limit: float | None) -> None:
+def _clip(engine: Engine, gradients: list[torch.Tensor], limit: float | None) -> None:
     """Scales all gradients down to a norm of `limit`; torch's own function falls 1e-6 short of it."""
-    if limit is None:
-        return
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    torch._foreach_mul_(gradients, torch.clamp(limit / norm, max=1.0))
+    if limit is not None:
+        torch._foreach_mul_(gradients, torch.clamp(limit / engine.norm(gradients), max=1.0))
 
 
 class _Steps:
     """The optimizer of a model, its schedule, and the moving average of the weights, which go together."""
 
-    def __init__(self, model: PreTrainedModel, recipe: Recipe, steps_per_epoch: int):
-        self.model, self.recipe, self.steps_per_epoch = model, recipe, steps_per_epoch
-        self.optimizer, self.schedule = recipe_optimizer(model, recipe, steps_per_epoch)
-        self.averaged = None
+    def __init__(self, engine: Engine, recipe: Recipe, steps_per_epoch: int):
+        self.engine, self.recipe, self.steps_per_epoch = engine, recipe, steps_per_epoch
+        self.optimizer, self.schedule = _optimizer(engine.model, engine.trained, recipe, steps_per_epoch)
+        self.averages: dict[str, torch.Tensor] = {}
         if recipe.ema is not None:
-            self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema))
-        self.trained = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
-
-    @property
-    def measured_model(self) -> Any:
-        """The one with the averages, or the only one."""
-        return self.model if self.averaged is None else self.averaged.module
+            self.average = get_ema_multi_avg_fn(recipe.ema)
 
     def take(self) -> None:
         """Takes a step along the gradients that there are, and forgets them."""
-        _clip(self.model, self.recipe.clip_norm)
+        _clip(self.engine, self.engine.gradients(), self.recipe.clip_norm)
         self.optimizer.step()
         self.schedule.step()
-        self.optimizer.zero_grad()
-        if self.averaged is not None:
-            self.averaged.update_parameters(self.model)
+        self.engine.forget_gradients()
+        if self.recipe.ema is None:
+            return
+        weights = {key: parameter.detach() for key, parameter in self.engine.trained.items()}
+        if self.averages:
+            self.average([self.averages[key] for key in weights], list(weights.values()), 0)
+        else:
+            self.averages = {key: weight.clone() for key, weight in weights.items()}
+
+    def swap_averages(self) -> None:
+        """Gives the model the averages, if there are any, and keeps its own weights in their place."""
+        with torch.no_grad():
+            for key, average in self.averages.items():
+                weight, kept = self.engine.trained[key], average.clone()
+                average.copy_(weight)
+                weight.copy_(kept)
+
+    @contextlib.contextmanager
+    def averages_swapped_in(self) -> Iterator[None]:
+        """Inside, the model has the averages."""
+        self.swap_averages()
+        try:
+            yield
+        finally:
+            self.swap_averages()
 
     def state(self, epoch: int, history: dict[str, list[float]]) -> TrainingState:
-        """Returns a copy of all that matters, after `epoch` epochs."""
+        """Returns a copy of all that matters, after `epoch` epochs; all processes take part."""
+        engine = self.engine
         first, second = (
-            {key: _array(self.optimizer.state[parameter][name]) for key, parameter in self.trained.items()}
+            {key: engine.whole(key, self.optimizer.state[value][name]) for key, value in engine.trained.items()}
             for name in ("exp_avg", "exp_avg_sq")
         )
-        averages = {}
-        if self.averaged is not None:
-            parameters = dict(self.averaged.module.named_parameters())
-            averages = {key: _array(parameters[key]) for key in self.trained}
-        weights = {key: _array(value) for key, value in self.model.state_dict().items()}
+        averages = {key: engine.whole(key, average) for key, average in self.averages.items()}
         history = {name: list(values) for name, values in history.items()}
         step = epoch * self.steps_per_epoch
-        return TrainingState(epoch, step, self.recipe, history, weights, first, second, averages)
+        return TrainingState(epoch, step, self.recipe, history, engine.weights(), first, second, averages)
 
     def restore(self, state: TrainingState) -> None:
         """Puts everything where a state says that it was."""
-        self.model.load_state_dict({key: torch.from_numpy(value) for key, value in state.weights.items()})
-        for key, parameter in self.trained.items():
+        engine = self.engine
+        engine.load(state.weights)
+        for key, parameter in engine.trained.items():
             self.optimizer.state[parameter] = {
                 "step": torch.tensor(float(state.step)),
-                "exp_avg": torch.from_numpy(state.first_moments[key]).to(parameter),
-                "exp_avg_sq": torch.from_numpy(state.second_moments[key]).to(parameter),
+                "exp_avg": engine.part(key, state.first_moments[key]),
+                "exp_avg_sq": engine.part(key, state.second_moments[key]),
             }
         for group, scale in zip(self.optimizer.param_groups, self.schedule.lr_lambdas, strict=True):
             group["lr"] = group["initial_lr"] * scale(state.step)
         self.schedule.last_epoch = state.step
-        if self.averaged is not None:
-            self.averaged.module.load_state_dict(self.model.state_dict())
-            averages = {key: torch.from_numpy(value) for key, value in state.averages.items()}
-            self.averaged.module.load_state_dict(averages, strict=False)
-            self.averaged.n_averaged.fill_(state.step)
-
-
-def _array(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.detach().cpu().numpy().copy()
+        self.averages = {key: engine.part(key, average) for key, average in state.averages.items()}

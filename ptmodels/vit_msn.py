@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from modelspec.configs import BackboneOutput, BaseModelOutput, ImageClassifierOutput, ViTMSNConfig
 from ptmodels.gradient_checkpointing import BlockSequence
-from ptmodels.layers import get_activation
+from ptmodels.layers import Dropout, get_activation
 from ptmodels.losses import image_classification_loss
 from ptmodels.pretrained import PreTrainedModel
 
@@ -41,7 +41,7 @@ class ViTMSNEmbeddings(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if use_mask_token else None
         self.patch_embeddings = ViTMSNPatchEmbeddings(config)
         self.position_embeddings = nn.Parameter(torch.zeros(1, config.num_patches + 1, config.hidden_size))
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(
         self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None, interpolate_pos_encoding: bool
@@ -90,7 +90,7 @@ class ViTMSNSelfAttention(nn.Module):
         self.query = nn.Linear(dim, dim, bias=config.qkv_bias)
         self.key = nn.Linear(dim, dim, bias=config.qkv_bias)
         self.value = nn.Linear(dim, dim, bias=config.qkv_bias)
-        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
+        self.dropout = Dropout(config.attention_probs_dropout_prob)
 
     def forward(
         self, x: torch.Tensor, head_mask: torch.Tensor | None, eager: bool
@@ -98,8 +98,8 @@ class ViTMSNSelfAttention(nn.Module):
         query = self.split_heads(self.query(x))
         key = self.split_heads(self.key(x))
         value = self.split_heads(self.value(x))
-        if not eager:
-            rate = self.dropout.p if self.training else 0.0
+        rate = self.dropout.p if self.training else 0.0
+        if not eager and (rate == 0.0 or self.dropout.share is None):  # torch's own would draw for our samples alone
             attended = functional.scaled_dot_product_attention(query, key, value, dropout_p=rate)
             return self.merge_heads(attended), None
         scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5  # (B, heads, S, S)
@@ -122,7 +122,7 @@ class ViTMSNSelfOutput(nn.Module):
     def __init__(self, config: ViTMSNConfig):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.dropout(self.dense(x))
@@ -161,7 +161,7 @@ class ViTMSNOutput(nn.Module):
     def __init__(self, config: ViTMSNConfig):
         super().__init__()
         self.dense = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.dropout(self.dense(x))

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from modelspec.training.batch_share import BatchShare
 from modelspec.training.recipe import Recipe
 
 ORDER, IMAGES, MIXING = range(3)  # what is drawn; each has its own stream
@@ -94,12 +95,13 @@ class TrainingBatches:
         self.steps_per_epoch = count // (self.part_size * parts)
         self.parts_per_epoch = self.steps_per_epoch * parts
 
-    def part(self, epoch: int, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns one part of a batch.
+    def part(self, epoch: int, index: int, share: BatchShare | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Returns one part of a batch, or a process's share of it: the same numbers, without reading all of it.
 
         Args:
             epoch: counted from 0.
             index: of the part, from 0 to `parts_per_epoch - 1`.
+            share: of `part_size` samples, not empty.
 
         Returns:
             Pixel values (B, C, H, W) float32 (or of the dtype they came in), and targets (B, num_labels) of the same
@@ -107,24 +109,32 @@ class TrainingBatches:
         """
         order = self._draws(ORDER, epoch).permutation(len(self.images.labels))
         chosen = order[index * self.part_size : (index + 1) * self.part_size]
-        pixel_values = self._read(chosen, epoch)
-        targets = np.eye(self.num_labels, dtype=pixel_values.dtype)[self.images.labels[chosen]]
+        mine = np.arange(len(chosen)) if share is None else np.arange(share.begin, share.stop)
         if self.recipe.mixup > 0:
             draws = self._draws(MIXING, epoch, index)
-            share = pixel_values.dtype.type(draws.beta(self.recipe.mixup, self.recipe.mixup))
-            partners = draws.permutation(len(chosen))
-            pixel_values, targets = (share * array + (1 - share) * array[partners] for array in (pixel_values, targets))
+            weight = draws.beta(self.recipe.mixup, self.recipe.mixup)
+            partners = draws.permutation(len(chosen))[mine]
+            needed, places = np.unique([mine, partners], return_inverse=True)
+            first, second = places.reshape(2, -1)
+            pixel_values, targets = self._labelled(chosen[needed], epoch)
+            weight = pixel_values.dtype.type(weight)
+            pixel_values, targets = (
+                weight * array[first] + (1 - weight) * array[second] for array in (pixel_values, targets)
+            )
+        else:
+            pixel_values, targets = self._labelled(chosen[mine], epoch)
         if self.teacher is not None:
             taught = np.asarray(self.teacher(pixel_values)).argmax(-1)
             targets = np.stack([targets, np.eye(self.num_labels, dtype=targets.dtype)[taught]], axis=1)
         return pixel_values, targets
 
-    def _read(self, chosen: np.ndarray, epoch: int) -> np.ndarray:
+    def _labelled(self, chosen: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         images = []
         for index in chosen:
             image = self.images.image(int(index))
             images.append(augment(image, self.recipe, self._draws(IMAGES, epoch, int(index))))
-        return np.stack(images) if self.processor is None else self.processor(images)["pixel_values"]
+        pixel_values = np.stack(images) if self.processor is None else self.processor(images)["pixel_values"]
+        return pixel_values, np.eye(self.num_labels, dtype=pixel_values.dtype)[self.images.labels[chosen]]
 
     def _draws(self, what: int, epoch: int, index: int = 0) -> np.random.Generator:
         return np.random.default_rng([self.recipe.seed, what, epoch, index])
@@ -158,7 +168,23 @@ class EvaluationBatches:
         """Returns pixel values (B, C, H, W) and targets (B, num_labels)."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        chosen = range(len(self.images.labels))[index * self.batch_size : (index + 1) * self.batch_size]
+        return self._samples(self._numbers(index))
+
+    def shares(self, processes: int, rank: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+        """Yields a process's share of each batch, and how many of its samples count: all of them, or none.
+
+        A process whose share is empty gets the batch's first sample, which does not count, so that all processes do
+        the same number of forward passes.
+        """
+        for index in range(len(self)):
+            numbers = self._numbers(index)
+            share = BatchShare.of(len(numbers), processes, rank)
+            yield *self._samples(numbers[share.begin : share.stop] if share.size else numbers[:1]), share.size
+
+    def _numbers(self, index: int) -> range:
+        return range(len(self.images.labels))[index * self.batch_size : (index + 1) * self.batch_size]
+
+    def _samples(self, chosen: range) -> tuple[np.ndarray, np.ndarray]:
         images = [self.images.image(number) for number in chosen]
         pixel_values = np.stack(images) if self.processor is None else self.processor(images)["pixel_values"]
         return pixel_values, np.eye(self.num_labels, dtype=pixel_values.dtype)[self.images.labels[chosen]]
