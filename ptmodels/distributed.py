@@ -30,7 +30,8 @@ STRATEGIES = ("ddp", "fsdp")
 STEP_TIMEOUT = datetime.timedelta(seconds=60)
 # The same while the first process alone works, for example writes to a slow disk.
 WAIT_TIMEOUT = datetime.timedelta(hours=1)
-_joined: list[str | None] = [None]  # by which strategies, the innermost last
+# by which strategies, the innermost last, and the processes that wait patiently
+_joined: list[tuple[str | None, Any]] = [(None, None)]
 
 
 class ProcessLostError(ConnectionError):
@@ -93,7 +94,8 @@ def joined(strategy: str | None) -> Iterator[None]:
             with joined(strategy):
                 yield
         return
-    _joined.append(strategy)
+    patient = None if strategy is None else dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
+    _joined.append((strategy, patient))
     try:
         yield
     finally:
@@ -130,6 +132,28 @@ def losses_told() -> Iterator[None]:
 def is_first() -> bool:
     """Whether this process is the one that writes: the first, or the only one."""
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def wait_for_all() -> None:
+    """Returns when all joined processes are here; patient, since the first one may have to write or to read much."""
+    strategy, patient = _joined[-1]
+    if strategy is not None:
+        dist.barrier(patient)
+
+
+def share_object(value: Any) -> Any:
+    """Returns the first process's value in all joined processes; it can be pickled. As patient as `wait_for_all`."""
+    strategy, patient = _joined[-1]
+    if strategy is None:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, 0, patient, torch.device("cpu"))
+    return values[0]
+
+
+def own_device() -> torch.device:
+    """Returns where a joined process computes: on the GPU of its local rank, or on the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 class Engine:
@@ -183,9 +207,6 @@ class Engine:
         """Returns the sums over all processes."""
         return list(values)
 
-    def wait(self) -> None:
-        """Returns when all processes are here."""
-
     def whole(self, key: str, part: torch.Tensor) -> np.ndarray:
         """Returns a copy of a trained parameter, or of what has its shape and is kept for it, whole."""
         return _array(part)
@@ -214,7 +235,6 @@ class SeveralProcesses(Engine):
 
     def __init__(self, model: PreTrainedModel):
         self.processes, self.rank = dist.get_world_size(), dist.get_rank()
-        self.patient = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
         for tensor in (*model.parameters(), *model.buffers()):
             dist.broadcast(tensor.detach(), 0)
         super().__init__(model)
@@ -250,9 +270,6 @@ class SeveralProcesses(Engine):
         total = torch.tensor(values, dtype=torch.float64, device=self.model.device)
         dist.all_reduce(total)
         return total.tolist()
-
-    def wait(self) -> None:
-        dist.barrier(self.patient)
 
     def close(self) -> None:
         share_batch(self.model, None)
@@ -335,7 +352,7 @@ class Sharded(SeveralProcesses):
 def make_engine(model: PreTrainedModel) -> Engine:
     """Returns what trains a model by the strategy that this process has joined."""
     engines: dict[str | None, type[Engine]] = {None: Engine, "ddp": Replicated, "fsdp": Sharded}
-    return engines[_joined[-1]](model)
+    return engines[_joined[-1][0]](model)
 
 
 def _distributed(whole: torch.Tensor, like: Any) -> Any:

@@ -11,7 +11,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from modelspec.parameter_groups import frozen_keys, has_weight_decay, learning_rate_scale
 from modelspec.training import BatchShare, EvaluationBatches, Recipe, TrainingBatches, TrainingState, matching_state
-from ptmodels.distributed import Engine, losses_told, make_engine
+from ptmodels.distributed import Engine, losses_told, make_engine, wait_for_all
 from ptmodels.pretrained import PreTrainedModel
 
 OnStep = Callable[[int, int, float], None]
@@ -86,7 +86,7 @@ def fine_tune(
                         reached.save(state_path)
                     if on_epoch is not None:
                         on_epoch(reached)
-                engine.wait()
+                wait_for_all()
             steps.swap_averages()
             engine.finish()
         finally:

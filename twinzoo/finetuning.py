@@ -22,6 +22,7 @@ from parity.errors import ComparisonError
 from twinzoo.halves import fresh_classifier, import_half, load_classifier, load_processor, predict_logits
 from twinzoo.image_folder import ImageFolder, training_and_validation, without_broken_images
 from twinzoo.model_card import ParityFigures, model_card
+from twinzoo.processes import Processes, joined
 from twinzoo.tensorboard_log import TensorBoardLog
 
 TRAINING_FOLDER, STATE_FILE, RUN_FILE, HISTORY_FILE = "training", "state.safetensors", "run.json", "history.json"
@@ -112,7 +113,8 @@ def fine_tune_folder(
     restart: bool = False,
     parity: bool = True,
     listener: Listener | None = None,
-) -> Outcome:
+    strategy: str | None = None,
+) -> Outcome | None:
     """Fine-tunes a classifier on a folder of images, and writes the checkpoint and all that belongs to it.
 
     Called again with the same arguments after an interruption, it goes on after the last finished epoch.
@@ -123,6 +125,10 @@ def fine_tune_folder(
         restart: forget what an earlier run left in `output`.
         parity: compare the halves on the result.
         listener: is told how it goes.
+        strategy: how several processes train together, one of `twinzoo.processes.STRATEGIES`; all of them call this.
+
+    Returns:
+        What came out, and None in processes that only help.
 
     Raises:
         FolderError: the images cannot be used.
@@ -130,48 +136,45 @@ def fine_tune_folder(
         SourceError, ValueError: the model cannot be had, or an option is not allowed.
         OSError: something cannot be written; what was trained and saved before is kept.
     """
-    listener = listener or Listener()
-    output = Path(output).expanduser()
-    notes: list[str] = []
+    output, notes = Path(output).expanduser(), list[str]()
+    with joined(run.framework, strategy) as processes:
+        listener = listener if listener is not None and processes.first else Listener()
 
-    def note(text: str) -> None:
-        notes.append(text)
-        listener.note(text)
+        def note(text: str) -> None:
+            notes.append(text)
+            listener.note(text)
 
-    listener.stage("reading images")
-    training, validation, warnings = training_and_validation(run.folder)
-    parts = []
-    for folder in (training, validation):
-        found, broken = without_broken_images(folder, skip=run.skip_broken, on_step=listener.step)
-        parts.append(found)
-        for reason in broken:
-            note(f"left out: {reason}")
-    training, validation = parts
-    for warning in warnings:
-        note(warning)
+        training, validation = processes.share(lambda: _read_images(run, listener, note))
+        listener.stage("making the model")
+        described = _describe(run, training)
+        if processes.first and not restart:
+            _check_free(output, described)
+        model, processor = _make_model(run, training.class_names)
+        import_half(run.framework)[1].check_recipe(model, run.recipe)
+        teacher = _make_teacher(run, training.class_names, processor, processes)
+        num_labels = len(training.class_names)
+        batches = TrainingBatches(training, run.recipe, num_labels, processor, teacher)
+        used = batches.part_size * run.recipe.accumulation_steps
+        if used < run.recipe.batch_size:
+            note(
+                f"batches have {used} images, fewer than {run.recipe.batch_size}: there are {len(training)} to train on"
+            )
+        held_out = None
+        if len(validation):
+            held_out = EvaluationBatches(validation, num_labels, processor, run.recipe.batch_size)
+        else:
+            note("no image is held out: nothing is measured")
 
-    listener.stage("making the model")
-    described = _describe(run, training)
-    if not restart:
-        _check_free(output, described)
-    model, processor = _make_model(run, training.class_names)
-    import_half(run.framework)[1].check_recipe(model, run.recipe)
-    teacher = _make_teacher(run, training.class_names, processor)
-    num_labels = len(training.class_names)
-    batches = TrainingBatches(training, run.recipe, num_labels, processor, teacher)
-    used = batches.part_size * run.recipe.accumulation_steps
-    if used < run.recipe.batch_size:
-        note(f"batches have {used} images, fewer than {run.recipe.batch_size}: there are {len(training)} to train on")
-    held_out = EvaluationBatches(validation, num_labels, processor, run.recipe.batch_size) if len(validation) else None
-    if held_out is None:
-        note("no image is held out: nothing is measured")
-
-    state_path = output / TRAINING_FOLDER / STATE_FILE
-    if restart:
-        shutil.rmtree(state_path.parent, ignore_errors=True)
-    state_path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(state_path.parent / RUN_FILE, json.dumps(described, indent=2) + "\n")
-    history = _train(run, model, batches, held_out, state_path, listener)
+        state_path = output / TRAINING_FOLDER / STATE_FILE
+        if processes.first:
+            if restart:
+                shutil.rmtree(state_path.parent, ignore_errors=True)
+            state_path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(state_path.parent / RUN_FILE, json.dumps(described, indent=2) + "\n")
+        processes.wait()  # for the state, which may be gone now, and for whoever was slow
+        history = _train(run, processes.place(model), batches, held_out, state_path, listener)
+    if not processes.first:
+        return None
 
     listener.stage("writing the checkpoint")
     model.save_pretrained(output, image_processor=processor)
@@ -200,6 +203,21 @@ def fine_tune_folder(
     _draw(output, outcome, note)
     write_text(output / "README.md", model_card(run, outcome, model.config, processor))
     return outcome
+
+
+def _read_images(run: Run, listener: Listener, note: Callable[[str], None]) -> tuple[ImageFolder, ImageFolder]:
+    """Returns what is trained on and what is held out."""
+    listener.stage("reading images")
+    training, validation, warnings = training_and_validation(run.folder)
+    parts = []
+    for folder in (training, validation):
+        found, broken = without_broken_images(folder, skip=run.skip_broken, on_step=listener.step)
+        parts.append(found)
+        for reason in broken:
+            note(f"left out: {reason}")
+    for warning in warnings:
+        note(warning)
+    return parts[0], parts[1]
 
 
 def _describe(run: Run, training: ImageFolder) -> dict[str, Any]:
@@ -260,7 +278,7 @@ def _make_model(run: Run, class_names: list[str]) -> tuple[Any, Any]:
 
 
 def _make_teacher(
-    run: Run, class_names: list[str], processor: ImageProcessor
+    run: Run, class_names: list[str], processor: ImageProcessor, processes: Processes
 ) -> Callable[[np.ndarray], np.ndarray] | None:
     if (run.teacher is not None) != run.recipe.distillation:
         raise ValueError("distillation needs a teacher, and a teacher is for distillation: give both or neither")
@@ -278,7 +296,7 @@ def _make_teacher(
     if names != class_names:
         raise ValueError(f"the teacher's classes are {_brief(names)}; those of the images are {_brief(class_names)}")
     _, training = import_half(run.framework)
-    return training.teacher_logits(teacher)
+    return training.teacher_logits(processes.place(teacher))
 
 
 def _train(

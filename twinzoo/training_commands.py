@@ -4,10 +4,13 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from twinzoo.processes import STRATEGIES
 
 _NOT_OFFERED = ("distillation",)  # follows from --teacher
 _FROM_SCRATCH = {"learning_rate": 1e-3}  # where it differs from what suits a pretrained model
@@ -48,6 +51,11 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     finetune.add_argument("--output", metavar="OUT", required=True, help="the folder of the checkpoint")
     finetune.add_argument("--model", metavar="SOURCE", required=True, help="folder, file, Hub id or published variant")
     finetune.add_argument("--framework", choices=("tf", "torch"), default="torch", help="default: torch")
+    finetune.add_argument(
+        "--strategy",
+        choices=[strategy for strategies in STRATEGIES.values() for strategy in strategies],
+        help="train in several processes: ddp and fsdp in those that torchrun starts",
+    )
     finetune.add_argument("--from-scratch", action="store_true", help="fresh weights; SOURCE is a published variant")
     finetune.add_argument("--image-size", type=int, metavar="N", help="side in pixels; default: the model's")
     finetune.add_argument(
@@ -112,10 +120,18 @@ def _finetune(arguments: argparse.Namespace) -> int:
         skip_broken=arguments.skip_broken,
     )
     started = time.perf_counter()
-    with _listening(quiet=arguments.json) as listener:
+    helps = arguments.strategy is not None and os.environ.get("RANK", "0") != "0"  # as torchrun numbers them
+    with _listening(quiet=arguments.json or helps) as listener:
         outcome = fine_tune_folder(
-            run, arguments.output, restart=arguments.restart, parity=not arguments.no_parity, listener=listener
+            run,
+            arguments.output,
+            restart=arguments.restart,
+            parity=not arguments.no_parity,
+            listener=listener,
+            strategy=arguments.strategy,
         )
+    if outcome is None:
+        return 0
     if arguments.json:
         print(json.dumps({**outcome.to_dict(), "seconds": round(time.perf_counter() - started, 1)}, indent=2))
     else:
