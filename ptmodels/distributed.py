@@ -11,6 +11,9 @@ import contextlib
 import copy
 import datetime
 import os
+import re
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from inspect import signature
 from typing import Any
@@ -30,6 +33,7 @@ STRATEGIES = ("ddp", "fsdp")
 STEP_TIMEOUT = datetime.timedelta(seconds=60)
 # The same while the first process alone works, for example writes to a slow disk.
 WAIT_TIMEOUT = datetime.timedelta(hours=1)
+_KEPT = "the state after the last finished epoch is kept: start again, with as many processes as there are, to go on"
 # by which strategies, the innermost last, and the processes that wait patiently
 _joined: list[tuple[str | None, Any]] = [(None, None)]
 
@@ -110,9 +114,27 @@ def _connected() -> Iterator[None]:
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=STEP_TIMEOUT)
     try:
-        yield
+        with _told_when_ended():
+            yield
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _told_when_ended() -> Iterator[None]:
+    """Inside, SIGTERM, by which torchrun ends the processes that are left, is an error that says so."""
+
+    def tell(number: int, frame: Any) -> None:
+        raise ProcessLostError(f"another process of this training has ended, so torchrun has ended this one; {_KEPT}")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, tell)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
@@ -121,10 +143,11 @@ def losses_told() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, dist.DistError) or any(name in str(error).lower() for name in ("gloo", "nccl")):
+        said = str(error)
+        if isinstance(error, dist.DistError) or any(name in said.lower() for name in ("gloo", "nccl")):
+            said = re.sub(r"^\[\S*\] ", "", said).split(". ")[0].splitlines()[0]
             raise ProcessLostError(
-                f"another process of this training has died or does not answer ({str(error).splitlines()[0]}); "
-                "the state after the last finished epoch is kept: start again to go on from there"
+                f"another process of this training has died or does not answer ({said}); {_KEPT}"
             ) from error
         raise
 
@@ -208,8 +231,11 @@ class Engine:
         return list(values)
 
     def whole(self, key: str, part: torch.Tensor) -> np.ndarray:
-        """Returns a copy of a trained parameter, or of what has its shape and is kept for it, whole."""
-        return _array(part)
+        """Returns a copy of a trained parameter, or of what has its shape and is kept for it, whole.
+
+        In processes that do not write it is an empty array; so it is of `weights`.
+        """
+        return self.array(part)
 
     def part(self, key: str, whole: np.ndarray) -> torch.Tensor:
         """Returns this process's part of what `whole` returned, like the parameter."""
@@ -217,7 +243,11 @@ class Engine:
 
     def weights(self) -> dict[str, np.ndarray]:
         """Returns copies of all parameters and statistics, whole, by checkpoint key."""
-        return {key: _array(value) for key, value in self.model.state_dict().items()}
+        return {key: self.array(value) for key, value in self.model.state_dict().items()}
+
+    def array(self, tensor: torch.Tensor) -> np.ndarray:
+        """Returns a copy of a tensor, whole."""
+        return tensor.detach().cpu().numpy().copy()
 
     def load(self, weights: dict[str, np.ndarray]) -> None:
         """Sets what `weights` returned."""
@@ -265,6 +295,10 @@ class SeveralProcesses(Engine):
 
     def share(self, samples: int) -> BatchShare | None:
         return BatchShare.of(samples, self.processes, self.rank)
+
+    def array(self, tensor: torch.Tensor) -> np.ndarray:
+        whole = _whole(tensor)  # by all together
+        return super().array(whole) if self.rank == 0 else np.empty(0)
 
     def sum(self, *values: float) -> list[float]:
         total = torch.tensor(values, dtype=torch.float64, device=self.model.device)
@@ -332,7 +366,8 @@ class Sharded(SeveralProcesses):
 
         like = self.sharded[key]
         layout = {"shape": like.shape, "stride": like.stride()}
-        return _array(DTensor.from_local(part.detach(), like.device_mesh, like.placements, run_check=False, **layout))
+        part = DTensor.from_local(part.detach(), like.device_mesh, like.placements, run_check=False, **layout)
+        return self.array(part)
 
     def part(self, key: str, whole: np.ndarray) -> torch.Tensor:
         like = self.sharded[key]
@@ -345,14 +380,19 @@ class Sharded(SeveralProcesses):
                 target.copy_(value if type(target) is torch.Tensor else _distributed(value, target))
 
     def finish(self) -> None:
-        weights = {key: torch.from_numpy(value).to(self.model.device) for key, value in self.weights().items()}
+        weights = {key: _whole(value).detach().clone() for key, value in self.model.state_dict().items()}
         self.given.load_state_dict(weights, assign=True)
 
 
-def make_engine(model: PreTrainedModel) -> Engine:
-    """Returns what trains a model by the strategy that this process has joined."""
+@contextlib.contextmanager
+def engine_of(model: PreTrainedModel) -> Iterator[Engine]:
+    """Yields what trains a model by the strategy that this process has joined."""
     engines: dict[str | None, type[Engine]] = {None: Engine, "ddp": Replicated, "fsdp": Sharded}
-    return engines[_joined[-1][0]](model)
+    engine = engines[_joined[-1][0]](model)
+    try:
+        yield engine
+    finally:
+        engine.close()
 
 
 def _distributed(whole: torch.Tensor, like: Any) -> Any:
@@ -362,6 +402,5 @@ def _distributed(whole: torch.Tensor, like: Any) -> Any:
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def _array(tensor: Any) -> np.ndarray:
-    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return whole.detach().cpu().numpy().copy()
+def _whole(tensor: Any) -> torch.Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

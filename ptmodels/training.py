@@ -11,7 +11,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from modelspec.parameter_groups import frozen_keys, has_weight_decay, learning_rate_scale
 from modelspec.training import BatchShare, EvaluationBatches, Recipe, TrainingBatches, TrainingState, matching_state
-from ptmodels.distributed import Engine, losses_told, make_engine, wait_for_all
+from ptmodels.distributed import Engine, engine_of, losses_told, wait_for_all
 from ptmodels.pretrained import PreTrainedModel
 
 OnStep = Callable[[int, int, float], None]
@@ -53,7 +53,7 @@ def fine_tune(
         CheckpointError: the file at `state_path` is damaged, or of another recipe or model.
         OSError: the state cannot be written, or another process was lost; what was saved before is kept.
     """
-    recipe, per_epoch = batches.recipe, batches.steps_per_epoch
+    recipe = batches.recipe
     check_recipe(model, recipe)
     state = matching_state(state_path, recipe, model.checkpoint_shapes())
     if recipe.freeze is not None:
@@ -62,38 +62,51 @@ def fine_tune(
         model.gradient_checkpointing_enable()
     if recipe.distillation:
         model.set_distilled_training(True)  # type: ignore[operator]  # which `check_recipe` has seen
-    history: dict[str, list[float]] = {}
-    with losses_told():
-        engine = make_engine(model)
-        try:
-            engine.prepare(batches, state)
-            steps = _Steps(engine, recipe, per_epoch)
-            if state is not None:
-                steps.restore(state)
-                history = {name: list(values) for name, values in state.history.items()}
-            for epoch in range(0 if state is None else state.epoch, recipe.epochs):
-                found = _train_epoch(engine, batches, epoch, steps, on_step)
-                if validation is not None:
-                    with steps.averages_swapped_in():
-                        measured = _measure(engine, validation, recipe)
-                    found |= {f"val_{name}": value for name, value in measured.items()}
-                found["learning_rate"] = recipe.learning_rate_at((epoch + 1) * per_epoch - 1, per_epoch)
-                for name, value in found.items():
-                    history.setdefault(name, []).append(value)
-                reached = steps.state(epoch + 1, history)
-                if engine.rank == 0:
-                    if state_path is not None:
-                        reached.save(state_path)
-                    if on_epoch is not None:
-                        on_epoch(reached)
-                wait_for_all()
-            steps.swap_averages()
-            engine.finish()
-        finally:
-            engine.close()
-            if recipe.distillation:
-                model.set_distilled_training(False)  # type: ignore[operator]
+    try:
+        with losses_told(), engine_of(model) as engine:
+            history = _train(engine, batches, validation, state, state_path, on_step, on_epoch)
+    finally:
+        if recipe.distillation:
+            model.set_distilled_training(False)  # type: ignore[operator]
     model.eval()
+    return history
+
+
+def _train(
+    engine: Engine,
+    batches: TrainingBatches,
+    validation: EvaluationBatches | None,
+    state: TrainingState | None,
+    state_path: str | os.PathLike | None,
+    on_step: OnStep | None,
+    on_epoch: Callable[[TrainingState], None] | None,
+) -> dict[str, list[float]]:
+    """Does what is left to do after a state, and returns the curves."""
+    recipe, per_epoch = batches.recipe, batches.steps_per_epoch
+    engine.prepare(batches, state)
+    steps = _Steps(engine, recipe, per_epoch)
+    history: dict[str, list[float]] = {}
+    if state is not None:
+        steps.restore(state)
+        history = {name: list(values) for name, values in state.history.items()}
+    for epoch in range(0 if state is None else state.epoch, recipe.epochs):
+        found = _train_epoch(engine, batches, epoch, steps, on_step)
+        if validation is not None:
+            with steps.averages_swapped_in():
+                measured = _measure(engine, validation, recipe)
+            found |= {f"val_{name}": value for name, value in measured.items()}
+        found["learning_rate"] = recipe.learning_rate_at((epoch + 1) * per_epoch - 1, per_epoch)
+        for name, value in found.items():
+            history.setdefault(name, []).append(value)
+        reached = steps.state(epoch + 1, history)
+        if engine.rank == 0:
+            if state_path is not None:
+                reached.save(state_path)
+            if on_epoch is not None:
+                on_epoch(reached)
+        wait_for_all()
+    steps.swap_averages()
+    engine.finish()
     return history
 
 

@@ -2,7 +2,7 @@
 
     torchrun ... tests/distributed/torch_training.py FOLDER CASE...
 
-writes FOLDER/CASE.npz for each case, a string in JSON: family, strategy, options of the recipe and of the config.
+makes the trainings whose arguments the cases are, in JSON, and writes FOLDER/NUMBER-RANK.npz for each.
 """
 
 import json
@@ -53,22 +53,55 @@ RECIPE = {
 }
 
 
-def train(family, strategy=None, *, recipe=None, config=None, state_path=None, dtype="float64", count=43, teacher=None):
-    """Returns the model, the curves as arrays and the last state, or None where it is not this process's to keep."""
+def train(
+    family,
+    strategy=None,
+    *,
+    recipe=None,
+    config=None,
+    state_path=None,
+    keep=None,
+    count=43,
+    teacher=None,
+    differ=False,
+):
+    """Trains a small model, float64, as the caller or together with the other processes.
+
+    Args:
+        family, config: of the model.
+        strategy: how.
+        recipe: what differs from `RECIPE`.
+        state_path: what to go on from.
+        keep: (epoch, path): the state after the epoch is copied to the path.
+        count: of images.
+        teacher: what it says of every image.
+        differ: each process has another seed.
+
+    Returns:
+        The model, the curves as arrays, and the last state, where there is one.
+    """
     made = CONFIGS[family](**(config or {}))
-    model = ptmodels.auto.model_class(family).from_weights(made, probing_weights(made), dtype=dtype)
+    model = ptmodels.auto.model_class(family).from_weights(made, probing_weights(made), dtype="float64")
     draws = np.random.default_rng(0)
-    images = draws.standard_normal((count, 3, 32, 32)).astype(dtype)
-    data = ArrayImages(images, draws.integers(0, 10, count))
+    data = ArrayImages(draws.standard_normal((count, 3, 32, 32)), draws.integers(0, 10, count))
     taught = None if teacher is None else lambda pixel_values: np.eye(10)[np.full(len(pixel_values), teacher)]
+    options = {**RECIPE, "distillation": teacher is not None, **(recipe or {})}
+    if differ:
+        options["seed"] = torch.distributed.get_rank()
     losses, states = [], [None]
+
+    def on_epoch(state):
+        states.append(state)
+        if keep is not None and state.epoch == keep[0]:
+            state.save(keep[1])
+
     with joined(strategy):
         history = ptmodels.training.fine_tune(
             model,
-            TrainingBatches(data, Recipe(**{**RECIPE, **(recipe or {})}), 10, teacher=taught),
-            validation=EvaluationBatches(ArrayImages(images[:7], data.labels[:7]), 10, batch_size=3),
+            TrainingBatches(data, Recipe(**options), 10, teacher=taught),
+            validation=EvaluationBatches(ArrayImages(data.images[:7], data.labels[:7]), 10, batch_size=3),
             on_step=lambda step, steps, loss: losses.append(loss),
-            on_epoch=states.append,
+            on_epoch=on_epoch,
             state_path=state_path,
         )
     return model, {"losses": np.array(losses), **{name: np.array(value) for name, value in history.items()}}, states[-1]
@@ -88,7 +121,10 @@ def main(folder, *cases):
     torch.set_num_threads(1)
     with joined("ddp"):
         for number, case in enumerate(cases):
-            arrays = found(*train(**json.loads(case)))
+            try:
+                arrays = found(*train(**json.loads(case)))
+            except ValueError as error:
+                arrays = {"error": np.array(str(error))}
             np.savez(Path(folder) / f"{number}-{torch.distributed.get_rank()}.npz", **arrays)
 
 
