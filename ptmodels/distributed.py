@@ -12,8 +12,6 @@ import copy
 import datetime
 import os
 import re
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from inspect import signature
 from typing import Any
@@ -114,27 +112,9 @@ def _connected() -> Iterator[None]:
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=STEP_TIMEOUT)
     try:
-        with _told_when_ended():
-            yield
+        yield
     finally:
         dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def _told_when_ended() -> Iterator[None]:
-    """Inside, SIGTERM, by which torchrun ends the processes that are left, is an error that says so."""
-
-    def tell(number: int, frame: Any) -> None:
-        raise ProcessLostError(f"another process of this training has ended, so torchrun has ended this one; {_KEPT}")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, tell)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Fine-tuning in several processes, seen from the command line: who writes, and what all have to know."""
 
 import contextlib
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -71,5 +72,28 @@ def joined(framework: str, strategy: str | None) -> Iterator[Processes]:
     from ptmodels import distributed
 
     distributed.check_strategy(strategy)
-    with distributed.joined(strategy):
-        yield Processes() if strategy is None else TorchProcesses()
+    if strategy is None:
+        yield Processes()
+        return
+    with _told_when_ended(), distributed.joined(strategy):
+        yield TorchProcesses()
+
+
+@contextlib.contextmanager
+def _told_when_ended() -> Iterator[None]:
+    """Inside, SIGTERM, by which torchrun ends the processes that are left when one has failed, is an error."""
+
+    def tell(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # this process is ending, and has something to say
+        raise ConnectionError(
+            "another process of this training has ended, and torchrun ended this one; the state after the last "
+            "finished epoch is kept: start again, with as many processes as there are, to go on"
+        )
+
+    before = signal.signal(signal.SIGTERM, tell)
+    try:
+        yield
+    except BaseException:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise
+    signal.signal(signal.SIGTERM, before)
