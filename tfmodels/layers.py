@@ -13,6 +13,7 @@ from keras import ops
 from neighborhood.attention_layer import check_layer, describe_input
 from neighborhood.windows import PerAxis
 from tfmodels.ops import neighborhood_attention
+from tfmodels.replicas import draw_uniform, moments_of_all_replicas, num_replicas
 
 
 def _gelu(x):
@@ -134,7 +135,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
     """Batch normalization whose statistics follow torch's exactly. Input and output: (B, H, W, features).
 
     Keras keeps the biased variance of the batch, torch the unbiased one; torch also counts its batches. Normalising
-    uses the biased variance in both. `momentum` is Keras': 0.9 here is torch's 0.1.
+    uses the biased variance in both. `momentum` is Keras': 0.9 here is torch's 0.1. Under a distribution strategy the
+    batch is that of all replicas together, in the statistics as in their gradients.
     """
 
     def __init__(self, features: int, epsilon: float):
@@ -157,8 +159,11 @@ class BatchNormalization(keras.layers.BatchNormalization):
     def _normalize_by_batch(self, x):
         half = keras.backend.standardize_dtype(x.dtype) in ("float16", "bfloat16")
         inputs = ops.cast(x, "float32") if half else x
-        mean, variance = self._moments(inputs, None)  # synchronizes replicas when asked to
-        count = self._elements_per_channel(inputs)
+        if num_replicas() > 1:
+            mean, variance, count = moments_of_all_replicas(inputs, axes=(0, 1, 2))
+        else:
+            mean, variance = self._moments(inputs, None)
+            count = ops.cast(ops.prod(ops.stack(ops.shape(inputs)[:-1])), inputs.dtype)
         unbiased = variance * (count / ops.maximum(count - 1, ops.ones_like(count)))
         for statistic, value in ((self.moving_mean, mean), (self.moving_variance, unbiased)):
             value = ops.cast(value, statistic.dtype)
@@ -169,23 +174,26 @@ class BatchNormalization(keras.layers.BatchNormalization):
         )
         return ops.cast(outputs, self.compute_dtype)
 
-    def _elements_per_channel(self, x):
-        shape = ops.shape(x)
-        count = ops.cast(ops.prod(ops.stack(shape[:-1])), x.dtype)
-        if self.synchronized:
-            # every replica sees its own part of the batch
-            import tensorflow as tf
 
-            context = tf.distribute.get_replica_context()
-            if context is not None:
-                count = context.all_reduce(tf.distribute.ReduceOp.SUM, count)
-        return count
+class Dropout(keras.layers.Dropout):
+    """Keras' own; under a distribution strategy each sample loses the elements that it would lose in one process.
+
+    Input and output: (B, ...).
+    """
+
+    def call(self, inputs, training=False):
+        if not training or self.rate in (0, 1) or num_replicas() == 1:
+            return super().call(inputs, training=training)
+        dtype = keras.backend.standardize_dtype(inputs.dtype)
+        kept = draw_uniform(ops.shape(inputs), dtype, self.seed_generator) >= self.rate
+        return ops.where(kept, inputs * (1.0 / (1.0 - self.rate)), ops.zeros_like(inputs))
 
 
 class DropPath(keras.layers.Layer):
     """Stochastic depth: in training, zeroes whole samples with probability `rate` and scales the others up.
 
-    Input and output: (B, ...). Source: Huang et al., Deep Networks with Stochastic Depth, 2016.
+    Input and output: (B, ...). Under a distribution strategy, each sample is dropped or not as it would be in one
+    process. Source: Huang et al., Deep Networks with Stochastic Depth, 2016.
     """
 
     def __init__(self, rate: float):
@@ -202,7 +210,7 @@ class DropPath(keras.layers.Layer):
     def draw_mask(self, x):
         """Returns which samples stay, as ones and zeros of shape (B, 1, ...)."""
         shape = (ops.shape(x)[0],) + (1,) * (len(x.shape) - 1)
-        draw = keras.random.uniform(shape, dtype="float32", seed=self.seed_generator)
+        draw = draw_uniform(shape, "float32", self.seed_generator)
         return ops.cast(draw < 1.0 - self.rate, x.dtype)
 
 
@@ -263,9 +271,9 @@ class NeighborhoodAttention(keras.layers.Layer):
                 shape=(num_heads, *(2 * size - 1 for size in self.kernel_size)),
                 initializer=keras.initializers.TruncatedNormal(stddev=0.02),
             )
-        self.attn_drop = keras.layers.Dropout(attn_drop, dtype=self.dtype_policy)
+        self.attn_drop = Dropout(attn_drop, dtype=self.dtype_policy)
         self.proj = keras.layers.Dense(embed_dim, dtype=self.dtype_policy)
-        self.proj_drop = keras.layers.Dropout(proj_drop, dtype=self.dtype_policy)
+        self.proj_drop = Dropout(proj_drop, dtype=self.dtype_policy)
         self.qkv.build((None, embed_dim))
         self.proj.build((None, embed_dim))
         self.built = True

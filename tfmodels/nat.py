@@ -13,7 +13,7 @@ from modelspec.configs.nat import NatConfig, NeighborhoodConfig
 from tfmodels.call_inputs import unpack_inputs
 from tfmodels.composed_attention import sharing_tiles
 from tfmodels.gradient_checkpointing import BlockSequence
-from tfmodels.layers import Conv2D, Dense, DropPath, LayerNormalization, LayerWithOutput, get_activation
+from tfmodels.layers import Conv2D, Dense, Dropout, DropPath, LayerNormalization, LayerWithOutput, get_activation
 from tfmodels.losses import image_classification_loss
 from tfmodels.ops import neighborhood_attention
 from tfmodels.pretrained import TFPreTrainedModel
@@ -46,7 +46,7 @@ class NatEmbeddings(keras.layers.Layer):
         super().__init__()
         self.patch_embeddings = NatPatchEmbeddings(config)
         self.norm = LayerNormalization(config.embed_dim, epsilon=FIXED_EPS)
-        self.dropout = keras.layers.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
         self.built = True
 
     def call(self, pixel_values):
@@ -79,7 +79,7 @@ class NatSelfAttention(keras.layers.Layer):
         self.value = Dense(dim, dim, use_bias=config.qkv_bias)
         shape = (num_heads, 2 * config.kernel_size - 1, 2 * config.kernel_size - 1)
         self.rpb = self.add_weight(shape=shape, initializer="zeros", name="rpb")
-        self.dropout = keras.layers.Dropout(config.attention_probs_dropout_prob)
+        self.dropout = Dropout(config.attention_probs_dropout_prob)
         self.built = True
 
     def call(self, x, output_attentions=False, implementation="auto", training=None):
@@ -111,7 +111,7 @@ class NatSelfOutput(keras.layers.Layer):
         super().__init__()
         self.dense = Dense(dim, dim)
         # not hidden_dropout_prob, as in the reference
-        self.dropout = keras.layers.Dropout(config.attention_probs_dropout_prob)
+        self.dropout = Dropout(config.attention_probs_dropout_prob)
         self.built = True
 
     def call(self, x):
@@ -151,7 +151,7 @@ class NatOutput(keras.layers.Layer):
     def __init__(self, config: NeighborhoodConfig, dim: int):
         super().__init__()
         self.dense = Dense(int(config.mlp_ratio * dim), dim)
-        self.dropout = keras.layers.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
         self.built = True
 
     def call(self, x):

@@ -8,6 +8,7 @@ from keras import ops
 
 from modelspec.parameter_groups import has_weight_decay, learning_rate_scale
 from modelspec.training import Recipe
+from tfmodels.replicas import sum_over_replicas
 from tfmodels.weights import checkpoint_variables
 
 
@@ -17,7 +18,8 @@ class AdamW(keras.optimizers.AdamW):
 
     Keras adds epsilon before the correction of the second moment's bias, torch and the paper after it. With gradient
     accumulation, the schedule counts steps, and the moving average takes part once for each; Keras' own optimizers
-    do both for every part of a step.
+    do both for every part of a step. Under a distribution strategy, gradients are summed over the replicas before
+    anything is done with them; Keras' own optimizers clip those of each replica.
 
     Args:
         learning_rate: a number or a schedule.
@@ -67,6 +69,19 @@ class AdamW(keras.optimizers.AdamW):
         self.assign_add(second, (ops.square(gradient) - second) * _exactly(1 - self.beta_2, dtype))
         scale = ops.sqrt(second / unbias_2) + _exactly(self.epsilon, dtype)
         self.assign_sub(variable, first * (learning_rate / unbias_1) / scale)
+
+    def _backend_apply_gradients(self, grads, trainable_variables):
+        # summed here, every replica takes the same step on its copy of the variables, and nothing below meets others,
+        # which it could not inside of a condition
+        super()._backend_apply_gradients(sum_over_replicas(grads), trainable_variables)
+
+    def _backend_update_step(self, grads, trainable_variables, learning_rate):
+        for gradient, variable in zip(grads, trainable_variables, strict=True):
+            self.update_step(gradient, variable, learning_rate)
+
+    def _backend_increment_gradient_accumulators(self, grads, acc_grads):
+        for gradient, accumulated in zip(grads, acc_grads, strict=True):
+            self.assign_add(accumulated, gradient)
 
     def _apply_weight_decay(self, variables):
         """Does nothing: `update_step` knows each variable's learning rate."""

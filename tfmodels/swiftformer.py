@@ -20,6 +20,7 @@ from tfmodels.layers import (
     Conv2D,
     Dense,
     DepthwiseConv2D,
+    Dropout,
     DropPath,
     get_activation,
     l2_normalize,
@@ -79,7 +80,7 @@ class SwiftFormerConvEncoder(keras.layers.Layer):
         self.point_wise_conv1 = Conv2D(dim, hidden_dim, kernel_size=1)
         self.act = get_activation("gelu")
         self.point_wise_conv2 = Conv2D(hidden_dim, dim, kernel_size=1)
-        self.drop_path = keras.layers.Dropout(config.drop_conv_encoder_rate)
+        self.drop_path = Dropout(config.drop_conv_encoder_rate)
         self.layer_scale = self.add_weight(shape=(dim, 1, 1), initializer="ones", name="layer_scale")
         self.built = True
 
@@ -100,7 +101,7 @@ class SwiftFormerMlp(keras.layers.Layer):
         self.fc1 = Conv2D(dim, hidden_dim, kernel_size=1)
         self.act = get_activation(config.hidden_act)
         self.fc2 = Conv2D(hidden_dim, dim, kernel_size=1)
-        self.drop = keras.layers.Dropout(config.drop_mlp_rate)
+        self.drop = Dropout(config.drop_mlp_rate)
         self.built = True
 
     def call(self, x):

@@ -9,10 +9,21 @@ import numpy as np
 import tensorflow as tf
 
 from modelspec.parameter_groups import frozen_keys
-from modelspec.training import EvaluationBatches, Recipe, TrainingBatches, TrainingState, matching_state
-from tfmodels.optimizers import recipe_optimizer
+from modelspec.training import BatchShare, EvaluationBatches, Recipe, TrainingBatches, TrainingState, matching_state
+from tfmodels.distributed import (
+    evaluator,
+    fit_workers,
+    is_first,
+    is_multi_worker,
+    parts_of_replicas,
+    shares_of_replicas,
+)
+from tfmodels.optimizers import AdamW, recipe_optimizer
 from tfmodels.pretrained import TFPreTrainedModel
+from tfmodels.replicas import batches_of_shares, num_replicas, share_of_batch
 from tfmodels.weights import assign_weights, checkpoint_variables, read_weights
+
+_MEAN_LOSS = "mean_loss"  # over all replicas
 
 
 def fine_tune(
@@ -57,17 +68,12 @@ def fine_tune(
         model.freeze(upto=recipe.freeze)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    optimizer = recipe_optimizer(model, recipe, batches.steps_per_epoch)
-    loss = keras.losses.CategoricalCrossentropy(
-        from_logits=True, label_smoothing=recipe.label_smoothing, dtype=model.variable_dtype
-    )
-    model.compile(
-        optimizer,
-        loss=loss,
-        metrics=[_Accuracy(name="accuracy", dtype=model.variable_dtype)],
-        **(compile_options or {}),
-    )
-    optimizer.build(model.trainable_variables)
+    strategy = model.distribute_strategy
+    sizes = shares_of_replicas(batches, strategy)
+    with strategy.scope():
+        optimizer = recipe_optimizer(model, recipe, batches.steps_per_epoch)
+        _compile(model, optimizer, recipe, compile_options or {})
+        optimizer.build(model.trainable_variables)
     history: dict[str, list[float]] = {}
     if state is not None:
         _restore(model, optimizer, state, recipe)
@@ -76,18 +82,37 @@ def fine_tune(
     if recipe.distillation:
         model.set_distilled_training(True)
     dataset = _PyDataset(batches, first_epoch, model.data_format)
+    held_out = None if validation is None else _PyDataset(validation, None, model.data_format)
     try:
-        keeper = _Keeper(dataset, history, state_path, on_step, on_epoch)
+        keeper = _Keeper(dataset, history, state_path if is_first(strategy) else None, on_step, on_epoch)
         averaging = [] if recipe.ema is None else [keras.callbacks.SwapEMAWeights()]
-        model.fit(
-            dataset,
-            validation_data=None if validation is None else _PyDataset(validation, None, model.data_format),
-            epochs=recipe.epochs,
-            initial_epoch=first_epoch,
-            shuffle=False,  # or Keras would take the batches in an order of its own
-            callbacks=[*averaging, keeper],
-            verbose=0,
-        )
+        if strategy.num_replicas_in_sync == 1:
+            model.fit(
+                dataset,
+                validation_data=held_out,
+                epochs=recipe.epochs,
+                initial_epoch=first_epoch,
+                shuffle=False,  # or Keras would take the batches in an order of its own
+                callbacks=[*averaging, keeper],
+                verbose=0,
+            )
+            return history
+        if held_out is not None:
+            keeper.measure = _of_averages(averaging, evaluator(model, held_out, recipe.label_smoothing))
+        epochs, parts = range(first_epoch, recipe.epochs), batches.parts_per_epoch
+        with batches_of_shares(sizes):
+            if is_multi_worker(strategy):
+                fit_workers(model, dataset.part, epochs, parts, sizes, [*averaging, keeper])
+            elif epochs:
+                model.fit(
+                    parts_of_replicas(strategy, dataset.part, epochs, parts, sizes),
+                    epochs=recipe.epochs,
+                    initial_epoch=first_epoch,
+                    steps_per_epoch=parts,
+                    shuffle=False,
+                    callbacks=[*averaging, keeper],
+                    verbose=0,
+                )
     except tf.errors.OpError:
         if dataset.failure is not None:  # TensorFlow tells of it in a text of its own
             raise dataset.failure from None
@@ -135,6 +160,36 @@ def teacher_logits(model: TFPreTrainedModel) -> Callable[[np.ndarray], np.ndarra
     return logits
 
 
+def _compile(model: TFPreTrainedModel, optimizer: AdamW, recipe: Recipe, options: dict[str, Any]) -> None:
+    replicas, dtype = model.distribute_strategy.num_replicas_in_sync, model.variable_dtype
+    if replicas > 1:
+        options = {"jit_compile": False} | options  # what XLA compiles cannot meet other replicas everywhere
+    smoothing = recipe.label_smoothing
+    loss = keras.losses.CategoricalCrossentropy if replicas == 1 else _LossOfShare
+    metrics = [_Accuracy(name="accuracy", dtype=dtype)]
+    if replicas > 1:
+        # Keras' own mean of the losses takes all shares for equal
+        metrics.append(
+            keras.metrics.CategoricalCrossentropy(_MEAN_LOSS, dtype, from_logits=True, label_smoothing=smoothing)
+        )
+    model.compile(
+        optimizer,
+        loss=loss(from_logits=True, label_smoothing=smoothing, dtype=dtype),
+        metrics=metrics,
+        **options,
+    )
+
+
+class _LossOfShare(keras.losses.CategoricalCrossentropy):
+    """What a replica's share adds to the mean over the batch."""
+
+    def __call__(self, y_true, y_pred, sample_weight=None):
+        loss = super().__call__(y_true, y_pred, sample_weight)
+        if num_replicas() == 1:
+            return loss
+        return loss * (share_of_batch(loss.dtype) * num_replicas())  # Keras has divided by their number
+
+
 class _Accuracy(keras.metrics.CategoricalAccuracy):
     """Accuracy by labels; in distilled training, of the heads' average."""
 
@@ -156,11 +211,20 @@ class _PyDataset(keras.utils.PyDataset):
         return len(self.batches) if self.epoch is None else self.batches.parts_per_epoch
 
     def __getitem__(self, index: int):
+        if self.epoch is None:
+            return self._laid_out(self.batches[index])
+        return self.part(self.epoch, index)
+
+    def part(self, epoch: int, index: int, share: BatchShare | None = None):
+        """Returns a part of a batch of any epoch, or a share of it."""
         try:
-            images, targets = self.batches[index] if self.epoch is None else self.batches.part(self.epoch, index)
+            return self._laid_out(self.batches.part(epoch, index, share))
         except Exception as error:
             self.failure = error
             raise
+
+    def _laid_out(self, batch):
+        images, targets = batch
         return images if self.data_format == "channels_first" else images.transpose(0, 2, 3, 1), targets
 
 
@@ -171,6 +235,7 @@ class _Keeper(keras.callbacks.Callback):
         super().__init__()
         self.dataset, self.batches, self.history, self.state_path = dataset, dataset.batches, history, state_path
         self.on_step, self.on_epoch = on_step, on_epoch
+        self.measure: Callable[[], dict[str, float]] | None = None  # where `fit` does not validate
 
     def on_epoch_begin(self, epoch, logs=None):
         self.dataset.epoch = epoch  # its own `on_epoch_end` is called before the first epoch, too
@@ -183,16 +248,26 @@ class _Keeper(keras.callbacks.Callback):
             return
         recipe = self.batches.recipe
         parts = min(batch + 1, self.batches.parts_per_epoch)  # several at once may claim more than there were
-        summed = float(logs["loss"]) * parts  # Keras tells the mean over the epoch up to here
+        summed = float(self._mean_loss(logs)) * parts  # Keras tells the mean over the epoch up to here
         done = parts // recipe.accumulation_steps
         if done > self.parts // recipe.accumulation_steps:
             steps = recipe.epochs * self.batches.steps_per_epoch
             self.on_step(self.before + done, steps, (summed - self.summed) / (parts - self.parts))
         self.parts, self.summed = parts, summed
 
+    def _mean_loss(self, logs):
+        strategy = self.model.distribute_strategy
+        if strategy.num_replicas_in_sync > 1 and not is_multi_worker(strategy):
+            return self.model.get_metrics_result()[_MEAN_LOSS]  # in the logs, all shares count alike
+        return logs.get(_MEAN_LOSS, logs["loss"])
+
     def on_epoch_end(self, epoch, logs=None):
         recipe, per_epoch = self.batches.recipe, self.batches.steps_per_epoch
         found = {name: float(value) for name, value in logs.items()}
+        if _MEAN_LOSS in found:
+            found["loss"] = found.pop(_MEAN_LOSS)
+        if self.measure is not None:
+            found |= {f"val_{name}": value for name, value in self.measure().items()}
         found["learning_rate"] = recipe.learning_rate_at((epoch + 1) * per_epoch - 1, per_epoch)
         for name, value in found.items():
             self.history.setdefault(name, []).append(value)
@@ -201,6 +276,20 @@ class _Keeper(keras.callbacks.Callback):
             state.save(self.state_path)
         if self.on_epoch is not None:
             self.on_epoch(state)
+
+
+def _of_averages(averaging: list[keras.callbacks.SwapEMAWeights], measure: Callable) -> Callable[[], dict[str, float]]:
+    """Returns `measure` with the averages of the weights in their place, if there are any."""
+
+    def measured() -> dict[str, float]:
+        for callback in averaging:
+            callback.on_test_begin()
+        found = measure()
+        for callback in averaging:
+            callback.on_test_end()
+        return found
+
+    return measured
 
 
 def _seed_layers(model, seed: int, epoch: int) -> None:

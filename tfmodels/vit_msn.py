@@ -11,7 +11,7 @@ from modelspec.configs import BackboneOutput, BaseModelOutput, ImageClassifierOu
 from tfmodels.call_inputs import unpack_inputs
 from tfmodels.gradient_checkpointing import BlockSequence
 from tfmodels.interpolation import resize_bicubic
-from tfmodels.layers import Conv2D, Dense, LayerNormalization, LayerWithOutput, get_activation
+from tfmodels.layers import Conv2D, Dense, Dropout, LayerNormalization, LayerWithOutput, get_activation
 from tfmodels.losses import image_classification_loss
 from tfmodels.pretrained import TFPreTrainedModel
 from tfmodels.shape_checks import assert_image_size
@@ -47,7 +47,7 @@ class ViTMSNEmbeddings(keras.layers.Layer):
         self.position_embeddings = self.add_weight(
             shape=(1, config.num_patches + 1, config.hidden_size), initializer="zeros", name="position_embeddings"
         )
-        self.dropout = keras.layers.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
         self.built = True
 
     def call(self, pixel_values, bool_masked_pos=None, interpolate_pos_encoding=False):
@@ -94,7 +94,7 @@ class ViTMSNSelfAttention(keras.layers.Layer):
         self.query = Dense(dim, dim, use_bias=config.qkv_bias)
         self.key = Dense(dim, dim, use_bias=config.qkv_bias)
         self.value = Dense(dim, dim, use_bias=config.qkv_bias)
-        self.dropout = keras.layers.Dropout(config.attention_probs_dropout_prob)
+        self.dropout = Dropout(config.attention_probs_dropout_prob)
         self.built = True
 
     def call(self, x, head_mask=None, eager=False, training=None):
@@ -129,7 +129,7 @@ class ViTMSNSelfOutput(keras.layers.Layer):
     def __init__(self, config: ViTMSNConfig):
         super().__init__()
         self.dense = Dense(config.hidden_size, config.hidden_size)
-        self.dropout = keras.layers.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
         self.built = True
 
     def call(self, x):
@@ -169,7 +169,7 @@ class ViTMSNOutput(keras.layers.Layer):
     def __init__(self, config: ViTMSNConfig):
         super().__init__()
         self.dense = Dense(config.intermediate_size, config.hidden_size)
-        self.dropout = keras.layers.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
         self.built = True
 
     def call(self, x):
