@@ -116,6 +116,20 @@ def parts_of_replicas(
     )
 
 
+@contextlib.contextmanager
+def uneven_shares_allowed(model: keras.Model) -> Iterator[None]:
+    """Inside, `model.fit` takes shares that differ in size.
+
+    To see the shapes of its data, `fit` adds the shares of a first batch up. A model and metrics that have all their
+    variables need nothing of that.
+    """
+    model._maybe_symbolic_build = lambda iterator=None, data_batch=None: None
+    try:
+        yield
+    finally:
+        del model._maybe_symbolic_build
+
+
 def fit_workers(
     model: keras.Model,
     read: ReadPart,

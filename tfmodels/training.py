@@ -17,6 +17,7 @@ from tfmodels.distributed import (
     is_multi_worker,
     parts_of_replicas,
     shares_of_replicas,
+    uneven_shares_allowed,
 )
 from tfmodels.optimizers import AdamW, recipe_optimizer
 from tfmodels.pretrained import TFPreTrainedModel
@@ -104,15 +105,16 @@ def fine_tune(
             if is_multi_worker(strategy):
                 fit_workers(model, dataset.part, epochs, parts, sizes, [*averaging, keeper])
             elif epochs:
-                model.fit(
-                    parts_of_replicas(strategy, dataset.part, epochs, parts, sizes),
-                    epochs=recipe.epochs,
-                    initial_epoch=first_epoch,
-                    steps_per_epoch=parts,
-                    shuffle=False,
-                    callbacks=[*averaging, keeper],
-                    verbose=0,
-                )
+                with uneven_shares_allowed(model):
+                    model.fit(
+                        parts_of_replicas(strategy, dataset.part, epochs, parts, sizes),
+                        epochs=recipe.epochs,
+                        initial_epoch=first_epoch,
+                        steps_per_epoch=parts,
+                        shuffle=False,
+                        callbacks=[*averaging, keeper],
+                        verbose=0,
+                    )
     except tf.errors.OpError:
         if dataset.failure is not None:  # TensorFlow tells of it in a text of its own
             raise dataset.failure from None
