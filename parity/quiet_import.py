@@ -11,18 +11,24 @@ from types import ModuleType
 _LEVEL = "TF_CPP_MIN_LOG_LEVEL"
 
 
-def import_tensorflow() -> ModuleType:
+def import_tensorflow(*, start: bool = True) -> ModuleType:
     """Imports TensorFlow and lets it look for devices; what its C++ code logs meanwhile is dropped.
 
     `TF_CPP_MIN_LOG_LEVEL` is set to hide information and warnings later on too, unless the user has set it to 0: then
     nothing is touched. TensorFlow 2.21 says its first lines before it reads that variable, hence standard error is
     turned away. If the import fails, what was said is passed on.
+
+    Args:
+        start: make the devices ready; if not, it can still be said how they are parted, and what processes there are.
     """
     if "tensorflow" in sys.modules or os.environ.setdefault(_LEVEL, "2") == "0":
         return importlib.import_module("tensorflow")
     with standard_error_held_back():
         tensorflow = importlib.import_module("tensorflow")
-        tensorflow.config.list_logical_devices()
+        if start:
+            tensorflow.config.list_logical_devices()
+        else:
+            tensorflow.config.list_physical_devices()
     return tensorflow
 
 

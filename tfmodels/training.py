@@ -16,6 +16,7 @@ from tfmodels.distributed import (
     is_first,
     is_multi_worker,
     parts_of_replicas,
+    share_object,
     shares_of_replicas,
     uneven_shares_allowed,
 )
@@ -42,6 +43,10 @@ def fine_tune(
     Afterwards the model has the weights of the last epoch, or with `Recipe.ema` their moving average, which is what
     the figures of validation are of, too. Stages that the recipe freezes stay frozen.
 
+    A model that was made inside of `tfmodels.distributed.joined`, or of a strategy's `scope()`, is trained by that
+    strategy: replicas share each batch, and the curves are those of one process. Of several workers, all call this with
+    the same arguments; the first one alone writes the state and makes the calls.
+
     Args:
         model: a `...ForImageClassification` of this package, which takes (B, C, H, W); for `mixed_precision` loaded
             with `dtype="mixed_bfloat16"`.
@@ -58,18 +63,20 @@ def fine_tune(
         `val_loss` and `val_accuracy`, and `learning_rate` of the epoch's last step.
 
     Raises:
-        ValueError: the recipe does not fit the model.
+        ValueError: the recipe does not fit the model, or the replicas.
         CheckpointError: the file at `state_path` is damaged, or of another recipe or model.
-        OSError: the state cannot be written; what was saved before is kept.
+        OSError: the state cannot be written, or another process was lost; what was saved before is kept.
     """
-    recipe = batches.recipe
+    recipe, strategy = batches.recipe, model.distribute_strategy
     check_recipe(model, recipe)
     state = matching_state(state_path, recipe, model.checkpoint_shapes())
+    with strategy.scope():
+        first = is_first()
+        _check_all_alike(batches, 0 if state is None else state.epoch)
     if recipe.freeze is not None:
         model.freeze(upto=recipe.freeze)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    strategy = model.distribute_strategy
     sizes = shares_of_replicas(batches, strategy)
     with strategy.scope():
         optimizer = recipe_optimizer(model, recipe, batches.steps_per_epoch)
@@ -85,9 +92,10 @@ def fine_tune(
     dataset = _PyDataset(batches, first_epoch, model.data_format)
     held_out = None if validation is None else _PyDataset(validation, None, model.data_format)
     try:
-        keeper = _Keeper(dataset, history, state_path if is_first(strategy) else None, on_step, on_epoch)
+        told = (state_path, on_step, on_epoch) if first else (None, None, None)
+        keeper = _Keeper(dataset, history, *told)
         averaging = [] if recipe.ema is None else [keras.callbacks.SwapEMAWeights()]
-        if strategy.num_replicas_in_sync == 1:
+        if strategy.num_replicas_in_sync == 1 and not is_multi_worker(strategy):
             model.fit(
                 dataset,
                 validation_data=held_out,
@@ -145,9 +153,24 @@ def check_recipe(model: TFPreTrainedModel, recipe: Recipe) -> None:
         frozen_keys(model.config, (), recipe.freeze)
 
 
+def _check_all_alike(batches: TrainingBatches, epoch: int) -> None:
+    ours = {"recipe": batches.recipe.to_dict(), "images": len(batches.images.labels), "finished epochs": epoch}
+    theirs = share_object(ours)
+    for name, value in ours.items():
+        if value != theirs[name]:
+            raise ValueError(
+                f"this process has {name} {value}, the first one {theirs[name]}; start all with the same recipe, "
+                "images and folder of the state"
+            )
+
+
 def predict_logits(model: TFPreTrainedModel, batches: EvaluationBatches) -> np.ndarray:
     """Returns the logits (N, num_labels) of all images of `batches`, float32 or the model's own dtype."""
-    logits = model.predict(_PyDataset(batches, None, model.data_format), verbose=0).logits
+    if model.distribute_strategy.num_replicas_in_sync > 1:  # this process alone, and batches that replicas divide not
+        ask = teacher_logits(model)
+        logits = np.concatenate([ask(images) for images, _ in batches])
+    else:
+        logits = model.predict(_PyDataset(batches, None, model.data_format), verbose=0).logits
     return logits if logits.dtype in (np.float32, np.float64) else logits.astype(np.float32)
 
 
@@ -273,6 +296,8 @@ class _Keeper(keras.callbacks.Callback):
         found["learning_rate"] = recipe.learning_rate_at((epoch + 1) * per_epoch - 1, per_epoch)
         for name, value in found.items():
             self.history.setdefault(name, []).append(value)
+        if self.state_path is None and self.on_epoch is None:
+            return
         state = _state(self.model, recipe, epoch + 1, (epoch + 1) * per_epoch, self.history)
         if self.state_path is not None:
             state.save(self.state_path)

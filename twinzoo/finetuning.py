@@ -114,6 +114,7 @@ def fine_tune_folder(
     parity: bool = True,
     listener: Listener | None = None,
     strategy: str | None = None,
+    replicas: int | None = None,
 ) -> Outcome | None:
     """Fine-tunes a classifier on a folder of images, and writes the checkpoint and all that belongs to it.
 
@@ -126,6 +127,7 @@ def fine_tune_folder(
         parity: compare the halves on the result.
         listener: is told how it goes.
         strategy: how several processes train together, one of `twinzoo.processes.STRATEGIES`; all of them call this.
+        replicas: of the strategy `"mirrored"`: how many devices; all GPUs by default.
 
     Returns:
         What came out, and None in processes that only help.
@@ -137,7 +139,7 @@ def fine_tune_folder(
         OSError: something cannot be written; what was trained and saved before is kept.
     """
     output, notes = Path(output).expanduser(), list[str]()
-    with joined(run.framework, strategy) as processes:
+    with joined(run.framework, strategy, replicas=replicas) as processes:
         listener = listener if listener is not None and processes.first else Listener()
 
         def note(text: str) -> None:
@@ -174,6 +176,7 @@ def fine_tune_folder(
         processes.wait()  # for the state, which may be gone now, and for whoever was slow
         history = _train(run, processes.place(model), batches, held_out, state_path, listener)
     if not processes.first:
+        processes.finish()
         return None
 
     listener.stage("writing the checkpoint")
@@ -202,6 +205,7 @@ def fine_tune_folder(
     listener.stage("drawing")
     _draw(output, outcome, note)
     write_text(output / "README.md", model_card(run, outcome, model.config, processor))
+    processes.finish()
     return outcome
 
 

@@ -16,11 +16,12 @@ from parity.quiet_import import import_tensorflow
 FRAMEWORKS = ("tf", "torch")
 
 
-def import_half(framework: str) -> tuple[ModuleType, ModuleType]:
+def import_half(framework: str, *, start: bool = True) -> tuple[ModuleType, ModuleType]:
     """Imports one half, and only that; returns its `auto` and its `training`.
 
     Args:
         framework: `"tf"` or `"torch"`.
+        start: make TensorFlow's devices ready, if this is its first import.
 
     Raises:
         ImportError: the framework is not installed; the message says how to get it.
@@ -30,7 +31,7 @@ def import_half(framework: str) -> tuple[ModuleType, ModuleType]:
         raise ValueError(f"framework is {framework!r}; allowed are {', '.join(FRAMEWORKS)}")
     try:
         if framework == "tf":
-            import_tensorflow()
+            import_tensorflow(start=start)
             import tfmodels.auto
             import tfmodels.training
 

@@ -1,11 +1,15 @@
 """Fine-tuning in several processes, seen from the command line: who writes, and what all have to know."""
 
 import contextlib
+import json
+import os
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-STRATEGIES = {"torch": ("ddp", "fsdp")}
+from twinzoo.halves import import_half
+
+STRATEGIES = {"torch": ("ddp", "fsdp"), "tf": ("mirrored", "multiworker")}
 Value = TypeVar("Value")
 
 
@@ -24,6 +28,9 @@ class Processes:
 
     def wait(self) -> None:
         """Returns when all processes are here."""
+
+    def finish(self) -> None:
+        """Ends it all, when the first process has written everything; the others may wait for that here."""
 
     def place(self, model: Any) -> Any:
         """Returns a model where this process shall compute."""
@@ -49,13 +56,51 @@ class TorchProcesses(Processes):
         return model.to(self.distributed.own_device())
 
 
+class KerasProcesses(Processes):
+    """Those that `TF_CONFIG` lists, or one with several replicas."""
+
+    def __init__(self) -> None:
+        import tensorflow
+
+        from tfmodels import distributed
+
+        self.distributed = distributed
+        self.first = distributed.is_first()
+        self.strategy = tensorflow.distribute.get_strategy()
+
+    def share(self, find: Callable[[], Value]) -> Value:
+        return self.distributed.share_object(find() if self.first else None)
+
+    def wait(self) -> None:
+        self.distributed.share_object(None)
+
+    def finish(self) -> None:
+        # TensorFlow takes a process that leaves for one that has died, and says so
+        with self.distributed.losses_told(), self.strategy.scope():
+            self.wait()
+
+
+def only_helps(strategy: str | None) -> bool:
+    """Whether this process is not the first of those that were started, by what their starters say of it."""
+    if strategy in STRATEGIES["torch"]:
+        return os.environ.get("RANK", "0") != "0"
+    if strategy == "multiworker":
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            return json.loads(os.environ["TF_CONFIG"])["task"] not in (
+                {"type": "chief", "index": 0},
+                {"type": "worker", "index": 0},
+            )
+    return False
+
+
 @contextlib.contextmanager
-def joined(framework: str, strategy: str | None) -> Iterator[Processes]:
+def joined(framework: str, strategy: str | None, *, replicas: int | None = None) -> Iterator[Processes]:
     """Inside, this process belongs to those of a strategy; None: it is alone.
 
     Args:
         framework: `"tf"` or `"torch"`.
         strategy: one of the framework's `STRATEGIES`.
+        replicas: of `"mirrored"`: how many devices; all GPUs by default.
 
     Raises:
         ValueError: the framework has no such strategy, or it was not started as the strategy needs it.
@@ -66,8 +111,17 @@ def joined(framework: str, strategy: str | None) -> Iterator[Processes]:
         raise ValueError(
             f"strategy is {strategy!r}; allowed with framework {framework} are {', '.join(allowed) or 'none'}"
         )
-    if framework != "torch":
-        yield Processes()
+    if replicas is not None and strategy != "mirrored":
+        raise ValueError(f"replicas is {replicas}; it is an option of strategy mirrored")
+    if framework == "tf":
+        if strategy is None:
+            yield Processes()
+            return
+        import_half(framework, start=False)
+        from tfmodels.distributed import joined as joined_in_keras
+
+        with joined_in_keras(strategy, replicas=replicas):
+            yield KerasProcesses()
         return
     from ptmodels import distributed
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from twinzoo.processes import STRATEGIES
+from twinzoo.processes import STRATEGIES, only_helps
 
 _NOT_OFFERED = ("distillation",)  # follows from --teacher
 _FROM_SCRATCH = {"learning_rate": 1e-3}  # where it differs from what suits a pretrained model
@@ -54,8 +54,14 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     finetune.add_argument(
         "--strategy",
         choices=[strategy for strategies in STRATEGIES.values() for strategy in strategies],
-        help="train in several processes: ddp and fsdp in those that torchrun starts",
+        help="train on several devices: ddp and fsdp in the processes that torchrun starts, mirrored on those of this"
+        " process, multiworker in the processes that --workers or TF_CONFIG lists",
     )
+    finetune.add_argument("--replicas", type=int, metavar="N", help="of mirrored: devices (default: all GPUs)")
+    finetune.add_argument(
+        "--workers", metavar="HOST:PORT,...", help="of multiworker: all processes; the first one writes"
+    )
+    finetune.add_argument("--worker-index", type=int, metavar="N", help="of multiworker: which this one is, from 0")
     finetune.add_argument("--from-scratch", action="store_true", help="fresh weights; SOURCE is a published variant")
     finetune.add_argument("--image-size", type=int, metavar="N", help="side in pixels; default: the model's")
     finetune.add_argument(
@@ -120,7 +126,8 @@ def _finetune(arguments: argparse.Namespace) -> int:
         skip_broken=arguments.skip_broken,
     )
     started = time.perf_counter()
-    helps = arguments.strategy is not None and os.environ.get("RANK", "0") != "0"  # as torchrun numbers them
+    _list_workers(arguments)
+    helps = only_helps(arguments.strategy)
     with _listening(quiet=arguments.json or helps) as listener:
         outcome = fine_tune_folder(
             run,
@@ -129,6 +136,7 @@ def _finetune(arguments: argparse.Namespace) -> int:
             parity=not arguments.no_parity,
             listener=listener,
             strategy=arguments.strategy,
+            replicas=arguments.replicas,
         )
     if outcome is None:
         return 0
@@ -137,6 +145,19 @@ def _finetune(arguments: argparse.Namespace) -> int:
     else:
         _print_outcome(outcome, time.perf_counter() - started)
     return 0 if outcome.parity is None or outcome.parity.passed else 1
+
+
+def _list_workers(arguments: argparse.Namespace) -> None:
+    """Tells TensorFlow of the workers, in the way that it knows."""
+    workers, index = arguments.workers, arguments.worker_index
+    if workers is None and index is None:
+        return
+    if workers is None or index is None:
+        raise ValueError("--workers and --worker-index go together: the addresses of all, and which this one is")
+    if arguments.strategy != "multiworker":
+        raise ValueError("--workers are those of --strategy multiworker")
+    listed = {"cluster": {"worker": workers.split(",")}, "task": {"type": "worker", "index": index}}
+    os.environ["TF_CONFIG"] = json.dumps(listed)
 
 
 def _setting(text: str) -> tuple[str, Any]:
