@@ -82,6 +82,7 @@ def fine_tune(
         optimizer = recipe_optimizer(model, recipe, batches.steps_per_epoch)
         _compile(model, optimizer, recipe, compile_options or {})
         optimizer.build(model.trainable_variables)
+    _check_steps_per_execution(model, batches.parts_per_epoch)
     history: dict[str, list[float]] = {}
     if state is not None:
         _restore(model, optimizer, state, recipe)
@@ -94,6 +95,7 @@ def fine_tune(
     try:
         told = (state_path, on_step, on_epoch) if first else (None, None, None)
         keeper = _Keeper(dataset, history, *told)
+        keeper.takes_shares_for_equal = len(set(sizes)) > 1 and not is_multi_worker(strategy)
         averaging = [] if recipe.ema is None else [keras.callbacks.SwapEMAWeights()]
         if strategy.num_replicas_in_sync == 1 and not is_multi_worker(strategy):
             model.fit(
@@ -151,6 +153,14 @@ def check_recipe(model: TFPreTrainedModel, recipe: Recipe) -> None:
         raise ValueError(f"Recipe.distillation is True; {type(model).__name__} has no second head to train by it")
     if recipe.freeze is not None:
         frozen_keys(model.config, (), recipe.freeze)
+
+
+def _check_steps_per_execution(model: TFPreTrainedModel, parts: int) -> None:
+    strategy, steps = model.distribute_strategy, model.steps_per_execution
+    if is_multi_worker(strategy) and steps != 1:
+        raise ValueError(f"steps_per_execution is {steps}; several workers take one step at a time")
+    if strategy.num_replicas_in_sync > 1 and parts % steps:
+        raise ValueError(f"steps_per_execution is {steps}; on replicas it has to divide the {parts} of an epoch")
 
 
 def _check_all_alike(batches: TrainingBatches, epoch: int) -> None:
@@ -261,6 +271,7 @@ class _Keeper(keras.callbacks.Callback):
         self.dataset, self.batches, self.history, self.state_path = dataset, dataset.batches, history, state_path
         self.on_step, self.on_epoch = on_step, on_epoch
         self.measure: Callable[[], dict[str, float]] | None = None  # where `fit` does not validate
+        self.takes_shares_for_equal = False  # as Keras' logs of a step do
 
     def on_epoch_begin(self, epoch, logs=None):
         self.dataset.epoch = epoch  # its own `on_epoch_end` is called before the first epoch, too
@@ -281,9 +292,8 @@ class _Keeper(keras.callbacks.Callback):
         self.parts, self.summed = parts, summed
 
     def _mean_loss(self, logs):
-        strategy = self.model.distribute_strategy
-        if strategy.num_replicas_in_sync > 1 and not is_multi_worker(strategy):
-            return self.model.get_metrics_result()[_MEAN_LOSS]  # in the logs, all shares count alike
+        if self.takes_shares_for_equal:
+            return self.model.get_metrics_result()[_MEAN_LOSS]
         return logs.get(_MEAN_LOSS, logs["loss"])
 
     def on_epoch_end(self, epoch, logs=None):

@@ -21,6 +21,7 @@ import tfmodels.training
 from modelspec import DinatConfig, NatConfig, SwiftFormerConfig, ViTMSNConfig
 from modelspec.checkpoints import probing_weights
 from modelspec.training import ArrayImages, EvaluationBatches, Recipe, TrainingBatches, TrainingState
+from neighborhood.choice import prefer
 from tfmodels.distributed import joined
 from tfmodels.weights import read_weights
 
@@ -125,6 +126,7 @@ def found(model, curves, state: TrainingState | None) -> dict[str, np.ndarray]:
 
 def fit_by_hand(family, optimizer, batch_size=8, **config):
     """What users write themselves: the model's own loss, `compile` and `fit`; returns the losses and the weights."""
+    keras.utils.set_random_seed(0)  # each layer that drops draws a seed of its own
     made = CONFIGS[family](**config)
     model = tfmodels.auto.model_class(family).from_weights(made, probing_weights(made), dtype="float64")
     draws = np.random.default_rng(0)
@@ -149,7 +151,8 @@ def main(folder, strategy, replicas, *cases):
         for number, case in enumerate(cases):
             case = json.loads(case)
             try:
-                arrays = fit_by_hand(**case) if "optimizer" in case else found(*train(**case))
+                with prefer(case.pop("implementation", "auto")):
+                    arrays = fit_by_hand(**case) if "optimizer" in case else found(*train(**case))
             except ValueError as error:
                 arrays = {"error": np.array(str(error))}
             np.savez(Path(folder) / f"{number}-{worker()}.npz", **arrays)

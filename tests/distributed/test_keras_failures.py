@@ -10,12 +10,12 @@ from test_keras_engines import assert_same, float64_keras, in_one_process, launc
 from modelspec.training import TrainingState
 
 CASE = {"family": "swiftformer"}
-EPOCH_OF_SECOND = 2 * 2 * 2 * 4  # images that the second of two workers reads in an epoch, but for mixup's partners
+EPOCH_OF_SECOND = 4 * 2 * 2  # images that the second of two workers reads: two of each part, without mixup's partners
 
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """The folder of a training in whose third epoch or later the second worker was killed; what the first one said."""
+    """The folder of a training in whose third epoch the second worker was killed; what the first one said."""
     folder = tmp_path_factory.mktemp("killed")
     case = {**CASE, "recipe": {"mixup": 0.0}, "state_path": "state", "die": [1, 2 * EPOCH_OF_SECOND + 7]}
     with started("multiworker", 2, folder, [case]) as (first, second):
