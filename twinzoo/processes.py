@@ -7,8 +7,6 @@ import signal
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from twinzoo.halves import import_half
-
 STRATEGIES = {"torch": ("ddp", "fsdp"), "tf": ("mirrored", "multiworker")}
 Value = TypeVar("Value")
 
@@ -117,6 +115,8 @@ def joined(framework: str, strategy: str | None, *, replicas: int | None = None)
         if strategy is None:
             yield Processes()
             return
+        from twinzoo.halves import import_half
+
         import_half(framework, start=False)
         from tfmodels.distributed import joined as joined_in_keras
 

@@ -1,0 +1,197 @@
+"""Times a training step of several devices against one device with as many images, for each engine.
+
+    python -m benchmarks.distributed --engines ddp fsdp --models swiftformer-xs dinat-mini --json figures.json
+
+Two processes (or two replicas) share a batch; one process has half of it, so that each device has as much to compute
+in both. What the former take longer is lost to communication, to waiting, and on one machine to sharing its caches and
+memory. Each has one thread. Rounds alternate between the two, and the median over all steps of all rounds counts, but
+for the first steps of each round, in which buffers and graphs are made. The whole loop of `fine_tune` is timed: reading
+(from memory), forward, backward, clipping, AdamW.
+"""
+
+import argparse
+import json
+import os
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+PROCESSES = 2
+WARMUP = 3  # steps that are not counted
+
+
+class Start(NamedTuple):
+    """How a process is started: arguments to Python, and what its environment has besides."""
+
+    arguments: list[str]
+    environment: dict[str, str]
+
+
+def in_one_process(work: list[str]) -> list[Start]:
+    return [Start(["-m", "benchmarks.distributed", *work], {})]
+
+
+def by_torchrun(work: list[str]) -> list[Start]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES)]
+    return [Start([*launcher, "-m", "benchmarks.distributed", *work], {})]
+
+
+def with_replicas(work: list[str]) -> list[Start]:
+    # the replicas of one process share its threads
+    threads = {"TF_NUM_INTRAOP_THREADS": str(PROCESSES), "TF_NUM_INTEROP_THREADS": str(PROCESSES)}
+    return [Start(["-m", "benchmarks.distributed", *work, "--replicas", str(PROCESSES)], threads)]
+
+
+def by_tf_config(work: list[str]) -> list[Start]:
+    workers = [f"localhost:{port}" for port in free_ports(PROCESSES)]
+    return [
+        Start(
+            ["-m", "benchmarks.distributed", *work],
+            {"TF_CONFIG": json.dumps({"cluster": {"worker": workers}, "task": {"type": "worker", "index": index}})},
+        )
+        for index in range(PROCESSES)
+    ]
+
+
+class Engine(NamedTuple):
+    """An engine: the half that it belongs to, and how its processes are started."""
+
+    framework: str
+    start: Callable[[list[str]], list[Start]]
+
+
+ENGINES = {
+    "ddp": Engine("torch", by_torchrun),
+    "fsdp": Engine("torch", by_torchrun),
+    "mirrored": Engine("tf", with_replicas),
+    "multiworker": Engine("tf", by_tf_config),
+}
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("localhost", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
+
+
+def step_times(starts: list[Start]) -> list[float]:
+    """Returns the seconds of each step, as the first process measures them."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    for name in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
+        environment[name] = "1"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *start.arguments],
+            env={**environment, **start.environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for start in starts
+    ]
+    outcomes = [(*process.communicate(), process.returncode) for process in processes]
+    for _, errors, status in outcomes:
+        if status:
+            raise RuntimeError(errors)
+    return json.loads(outcomes[0][0].strip().splitlines()[-1])
+
+
+def measure(engine: str, model: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns the median seconds of a step, of one process with its share and of all with the whole batch."""
+    framework, start = ENGINES[engine]
+    work = ["--models", model, "--image-size", str(arguments.image_size), "--steps", str(arguments.steps)]
+    alone: list[float] = []
+    together: list[float] = []
+    for _ in range(arguments.rounds):
+        half = ["--work", framework, "--batch-size", str(arguments.batch_size // PROCESSES)]
+        alone += step_times(in_one_process([*work, *half]))
+        whole = ["--work", framework, "--batch-size", str(arguments.batch_size), "--engines", engine]
+        together += step_times(start([*work, *whole]))
+    seconds = {"alone": statistics.median(alone), "together": statistics.median(together)}
+    return {"engine": engine, "model": model, **seconds, "ratio": seconds["together"] / seconds["alone"]}
+
+
+def work(arguments: argparse.Namespace) -> list[float]:
+    """Trains in this process, alone or by an engine; returns the seconds of each step that counts."""
+    import importlib
+
+    import numpy as np
+
+    from modelspec.training import ArrayImages, Recipe, TrainingBatches
+
+    package = {"torch": "ptmodels", "tf": "tfmodels"}[arguments.work]
+    auto, training, distributed = (
+        importlib.import_module(f"{package}.{name}") for name in ("auto", "training", "distributed")
+    )
+    count = arguments.batch_size * (arguments.steps + WARMUP + 1)
+    draws = np.random.default_rng(0)
+    images = draws.standard_normal((count, 3, arguments.image_size, arguments.image_size), np.float32)
+    data = ArrayImages(images, draws.integers(0, 10, count))
+    recipe = Recipe(epochs=1, warmup_epochs=0, batch_size=arguments.batch_size, clip_norm=1.0)
+    times = []
+    options = {} if arguments.replicas is None else {"replicas": arguments.replicas}
+    with distributed.joined(arguments.engines[0] if arguments.engines else None, **options):
+        model = auto.create_model(arguments.models[0], num_labels=10)
+        training.fine_tune(
+            model, TrainingBatches(data, recipe, 10), on_step=lambda *step: times.append(time.perf_counter())
+        )
+    return [after - before for before, after in zip(times[WARMUP:], times[WARMUP + 1 :], strict=False)]
+
+
+def show(rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("engine", "model", "one, ms", "two, ms", "two / one", box=None)
+    found = []
+    for row in rows:
+        found.append(row)
+        table.add_row(
+            *(row["engine"], row["model"], f"{1e3 * row['alone']:.0f}", f"{1e3 * row['together']:.0f}"),
+            f"{row['ratio']:.2f}",
+        )
+    Console().print(table)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engines", nargs="*", choices=ENGINES, default=[])
+    parser.add_argument("--models", nargs="+", default=["swiftformer-xs", "dinat-mini"])
+    parser.add_argument("--batch-size", type=int, default=16, help="of all together (default: 16)")
+    parser.add_argument("--image-size", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=8, help="that count, of each round (default: 8)")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--json", help="write the figures to this file, too")
+    parser.add_argument("--work", choices=("torch", "tf"), help=argparse.SUPPRESS)  # of the processes that are timed
+    parser.add_argument("--replicas", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.work is not None:
+        times = work(arguments)
+        if times:  # only the first process is told of steps
+            print(json.dumps(times))
+        return
+    if arguments.batch_size % PROCESSES:
+        parser.error(f"--batch-size is {arguments.batch_size}; it must be a multiple of {PROCESSES}")
+    print(
+        f"{platform.machine()}, {os.cpu_count()} cores, images of {arguments.image_size}, batch {arguments.batch_size}"
+    )
+    engines = arguments.engines or list(ENGINES)
+    rows = show(measure(engine, model, arguments) for engine in engines for model in arguments.models)
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump(rows, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()
