@@ -22,9 +22,10 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def commands(page: str) -> list[list[str]]:
-    """The lines of all console blocks, as words; a line that ends in a backslash goes on."""
+    """The lines of all console blocks, as words, without torchrun; a line that ends in a backslash goes on."""
     lines = "".join(blocks(page, "console")).replace("\\\n", " ").splitlines()
-    return [shlex.split(line, comments=True) for line in lines if line.strip()]
+    words = [shlex.split(line, comments=True) for line in lines if line.strip()]
+    return [line[line.index("-m") + 1 :] if line[0] == "torchrun" else line for line in words]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python") and page not in RUN_ELSEWHERE])
