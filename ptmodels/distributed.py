@@ -61,8 +61,7 @@ def check_strategy(strategy: str | None) -> None:
     Raises:
         ValueError: the message says how to start.
     """
-    if strategy not in (None, *STRATEGIES):
-        raise ValueError(f"strategy is {strategy!r}; allowed are {', '.join(STRATEGIES)}")
+    _check_name(strategy)
     started = os.environ.get("WORLD_SIZE")
     if strategy is not None and started is None:
         raise ValueError(
@@ -73,6 +72,11 @@ def check_strategy(strategy: str | None) -> None:
         raise ValueError(
             f"there are {started} processes; give a strategy, {' or '.join(STRATEGIES)}, to train together"
         )
+
+
+def _check_name(strategy: str | None) -> None:
+    if strategy not in (None, *STRATEGIES):
+        raise ValueError(f"strategy is {strategy!r}; allowed are {', '.join(STRATEGIES)}")
 
 
 @contextlib.contextmanager
@@ -90,6 +94,7 @@ def joined(strategy: str | None) -> Iterator[None]:
         ValueError: another strategy, or `torchrun` has not started this process.
         ProcessLostError: inside, another process was lost.
     """
+    _check_name(strategy)
     if strategy is not None and not dist.is_initialized():
         check_strategy(strategy)
         with losses_told(), _connected():
@@ -108,7 +113,13 @@ def joined(strategy: str | None) -> Iterator[None]:
 def _connected() -> Iterator[None]:
     backend = "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        local_rank, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local_rank >= devices:
+            raise ValueError(
+                f"process {local_rank} of this machine has no GPU, of which there are {devices}; start as many "
+                "processes as there are GPUs, or hide them all, by an empty CUDA_VISIBLE_DEVICES"
+            )
+        torch.cuda.set_device(local_rank)
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=STEP_TIMEOUT)
     try:
@@ -245,8 +256,11 @@ class SeveralProcesses(Engine):
 
     def __init__(self, model: PreTrainedModel):
         self.processes, self.rank = dist.get_world_size(), dist.get_rank()
+        wait_for_all()  # who reads images may be late
         for tensor in (*model.parameters(), *model.buffers()):
-            dist.broadcast(tensor.detach(), 0)
+            value = tensor.detach().contiguous()
+            dist.broadcast(value, 0)
+            tensor.detach().copy_(value)
         super().__init__(model)
 
     def prepare(self, batches: TrainingBatches, state: TrainingState | None) -> None:
@@ -263,7 +277,7 @@ class SeveralProcesses(Engine):
             "finished epochs": 0 if state is None else state.epoch,
         }
         everyones: list[Any] = [None] * self.processes
-        dist.all_gather_object(everyones, ours)
+        dist.all_gather_object(everyones, ours, _joined[-1][1])
         for rank, theirs in enumerate(everyones):
             for name in ours:
                 if theirs[name] != everyones[0][name]:

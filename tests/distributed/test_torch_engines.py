@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from torch_training import CONFIGS, found, train
 
 from modelspec.agreement import compare_all
@@ -50,14 +49,6 @@ CASES = {
     "no share": {"family": "nat", "strategy": "ddp", "recipe": {"batch_size": 1, "accumulation_steps": 1}},
     "other seeds": {"family": "nat", "strategy": "fsdp", "differ": True},
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def launch(processes, folder, cases):

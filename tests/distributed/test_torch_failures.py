@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from image_folders import write_digits
 
 from modelspec.training import TrainingState
@@ -86,15 +85,6 @@ def assert_same_curves(found, wanted):
     assert found.keys() == wanted.keys()
     for name, values in wanted.items():
         np.testing.assert_allclose(found[name], values, rtol=1e-4, err_msg=name)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As in the processes that are started here: they share the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
