@@ -124,15 +124,9 @@ def assert_follows(case, strategy, arrays, going_on_after=0):
 
 # The options are those of `keras_training.RECIPE`: layer decay, clipping, mixup, averages, accumulation, freezing, and
 # parts of five images, of which one replica has three and the other two.
-@pytest.mark.parametrize(
-    ("family", "strategy"),
-    [
-        ("swiftformer", "mirrored"),
-        ("dinat", "multiworker"),
-        pytest.param("dinat", "mirrored", marks=pytest.mark.slow),
-        pytest.param("swiftformer", "multiworker", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["mirrored", "multiworker"])
+@pytest.mark.parametrize("family", ["swiftformer", "dinat"])
 def test_two_replicas_follow_the_curve_of_one(family, strategy, tmp_path):
     case = {"family": family, "implementation": "native"}  # where there is any, which DiNAT has
     small = {"family": "nat", "recipe": {"batch_size": 1, "accumulation_steps": 1}}
@@ -172,6 +166,7 @@ def test_dropping_changes_the_curve():
         assert np.abs(dropping["curves/losses"] - plain["curves/losses"]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_what_users_compile_and_fit_themselves_is_that_of_one_process(tmp_path):
     """Own loss, batch normalization, and random masks, under a strategy's scope; Keras' own optimizer."""
     case = {"family": "swiftformer", "optimizer": "sgd", **DROPPING["swiftformer"]}

@@ -9,7 +9,8 @@ from test_keras_engines import assert_same, float64_keras, in_one_process, launc
 
 from modelspec.training import TrainingState
 
-CASE = {"family": "swiftformer"}
+# a larger epsilon, or the halves' rounding noise of gradients that are zero grows over 20 steps
+CASE = {"family": "swiftformer", "recipe": {"mixup": 0.0, "epsilon": 1e-4}}
 EPOCH_OF_SECOND = 4 * 2 * 2  # images that the second of two workers reads: two of each part, without mixup's partners
 
 
@@ -17,7 +18,7 @@ EPOCH_OF_SECOND = 4 * 2 * 2  # images that the second of two workers reads: two 
 def killed(tmp_path_factory):
     """The folder of a training in whose third epoch the second worker was killed; what the first one said."""
     folder = tmp_path_factory.mktemp("killed")
-    case = {**CASE, "recipe": {"mixup": 0.0}, "state_path": "state", "die": [1, 2 * EPOCH_OF_SECOND + 7]}
+    case = {**CASE, "state_path": "state", "die": [1, 2 * EPOCH_OF_SECOND + 7]}
     with started("multiworker", 2, folder, [case]) as (first, second):
         assert second.wait(timeout=300) == -9
         began = time.monotonic()
@@ -43,9 +44,8 @@ def test_a_killed_worker_ends_the_training_and_leaves_the_last_epoch(killed):
 @pytest.mark.parametrize(("strategy", "processes"), [("multiworker", 2), ("multiworker", 3), ("mirrored", 3)])
 def test_any_number_of_replicas_goes_on(strategy, processes, killed, tmp_path):
     (tmp_path / "state").write_bytes((killed[0] / "state").read_bytes())
-    case = {**CASE, "recipe": {"mixup": 0.0}}
-    ((arrays, *_),) = launch(strategy, processes, tmp_path, [{**case, "state_path": "state"}])
-    assert_same(CASE["family"], arrays, of_one_process(json.dumps(case)), going_on_after=2)
+    ((arrays, *_),) = launch(strategy, processes, tmp_path, [{**CASE, "state_path": "state"}])
+    assert_same(CASE["family"], arrays, of_one_process(json.dumps(CASE)), going_on_after=2)
 
 
 @pytest.mark.slow
@@ -53,11 +53,10 @@ def test_one_process_of_either_half_goes_on(killed, tmp_path):
     import keras_training
     import torch_training
 
-    case = {**CASE, "recipe": {"mixup": 0.0}}
-    wanted = of_one_process(json.dumps(case))
+    wanted = of_one_process(json.dumps(CASE))
     for half in (keras_training, torch_training):
         path = tmp_path / half.__name__
         path.write_bytes((killed[0] / "state").read_bytes())
         options = {"config": {"depths": [1, 1], "embed_dims": [8, 12]}}
-        arrays = half.found(*half.train(**case, **options, state_path=path))
+        arrays = half.found(*half.train(**CASE, **options, state_path=path))
         assert_same(CASE["family"], arrays, wanted, going_on_after=2)
