@@ -2,11 +2,13 @@
 
     python -m benchmarks.distributed --engines ddp fsdp --models swiftformer-xs dinat-mini --json figures.json
 
-Two processes (or two replicas) share a batch; one process has half of it, so that each device has as much to compute
-in both. What the former take longer is lost to communication, to waiting, and on one machine to sharing its caches and
-memory. Each has one thread. Rounds alternate between the two, and the median over all steps of all rounds counts, but
-for the first steps of each round, in which buffers and graphs are made. The whole loop of `fine_tune` is timed: reading
-(from memory), forward, backward, clipping, AdamW.
+Two processes (or two replicas) share a batch; one process alone has half of it, so that each device has as much to
+compute in both. What the former take longer is lost to communication and to waiting, and on one machine to caches and
+memory that are shared: how much that is, two processes show that know nothing of each other (`apart`). Each has one
+thread. The lower quartile over the steps of all rounds counts, since other programs make steps longer and never
+shorter; not so the first steps of each round, in which buffers and graphs are made. The engines of torch are measured
+by the same processes in turns, those of TensorFlow, which wants to know its devices beforehand, one after the other.
+The whole loop of `fine_tune` is timed: reading (from memory), forward, backward, clipping, AdamW.
 """
 
 import argparse
@@ -18,11 +20,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 PROCESSES = 2
 WARMUP = 3  # steps that are not counted
+ALONE = ("alone", "apart")  # of one process, and of two that know nothing of each other
 
 
 class Start(NamedTuple):
@@ -58,6 +61,10 @@ def by_tf_config(work: list[str]) -> list[Start]:
     ]
 
 
+def apart(work: list[str]) -> list[Start]:
+    return in_one_process(work) * PROCESSES
+
+
 class Engine(NamedTuple):
     """An engine: the half that it belongs to, and how its processes are started."""
 
@@ -84,8 +91,8 @@ def free_ports(count: int) -> list[int]:
             each.close()
 
 
-def step_times(starts: list[Start]) -> list[float]:
-    """Returns the seconds of each step, as the first process measures them."""
+def step_times(starts: list[Start]) -> dict[str, list[float]]:
+    """Returns the seconds of each step, per contender, as the first process measures them."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     for name in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
         environment[name] = "1"
@@ -106,67 +113,84 @@ def step_times(starts: list[Start]) -> list[float]:
     return json.loads(outcomes[0][0].strip().splitlines()[-1])
 
 
-def measure(engine: str, model: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Returns the median seconds of a step, of one process with its share and of all with the whole batch."""
-    framework, start = ENGINES[engine]
-    work = ["--models", model, "--image-size", str(arguments.image_size), "--steps", str(arguments.steps)]
-    alone: list[float] = []
-    together: list[float] = []
-    for _ in range(arguments.rounds):
-        half = ["--work", framework, "--batch-size", str(arguments.batch_size // PROCESSES)]
-        alone += step_times(in_one_process([*work, *half]))
-        whole = ["--work", framework, "--batch-size", str(arguments.batch_size), "--engines", engine]
-        together += step_times(start([*work, *whole]))
-    seconds = {"alone": statistics.median(alone), "together": statistics.median(together)}
-    return {"engine": engine, "model": model, **seconds, "ratio": seconds["together"] / seconds["alone"]}
+def measure(framework: str, engines: list[str], model: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Returns the seconds of a step of each engine of a framework, and of one process with its share."""
+    work = ["--work", framework, "--models", model]
+    for option in ("batch_size", "image_size", "steps", "rounds"):
+        work += [f"--{option.replace('_', '-')}", str(getattr(arguments, option))]
+    work.append("--engines")
+    if framework == "torch":
+        times = step_times(by_torchrun([*work, *ALONE, *engines]))
+    else:
+        starts = {"alone": in_one_process, "apart": apart} | {name: ENGINES[name].start for name in engines}
+        times = {name: step_times(start([*work, name]))[name] for name, start in starts.items()}
+    seconds = {name: statistics.quantiles(found, n=4)[0] for name, found in times.items()}
+    return [
+        {"engine": name, "model": model, "seconds": seconds[name], "ratio": seconds[name] / seconds["alone"]}
+        for name in seconds
+    ]
 
 
-def work(arguments: argparse.Namespace) -> list[float]:
-    """Trains in this process, alone or by an engine; returns the seconds of each step that counts."""
+def work(arguments: argparse.Namespace) -> dict[str, list[float]]:
+    """Trains in this process by each contender in turn; returns the seconds of each step that counts."""
+    import importlib
+
+    package = {"torch": "ptmodels", "tf": "tfmodels"}[arguments.work]
+    distributed = importlib.import_module(f"{package}.distributed")
+    times: dict[str, list[float]] = {name: [] for name in arguments.engines}
+    if arguments.work == "tf":
+        (name,) = arguments.engines
+        options = {} if arguments.replicas is None else {"replicas": arguments.replicas}
+        with distributed.joined(None if name in ALONE else name, **options):
+            for _ in range(arguments.rounds):
+                times[name] += train(package, name, arguments)
+        return times
+    with distributed.joined("ddp"):
+        for _ in range(arguments.rounds):
+            for name in arguments.engines:
+                distributed.wait_for_all()
+                if name != "alone" or distributed.is_first():
+                    with distributed.joined(None if name in ALONE else name):
+                        times[name] += train(package, name, arguments)
+    return times if distributed.is_first() else {}
+
+
+def train(package: str, name: str, arguments: argparse.Namespace) -> list[float]:
+    """Returns the seconds of each step that counts."""
     import importlib
 
     import numpy as np
 
     from modelspec.training import ArrayImages, Recipe, TrainingBatches
 
-    package = {"torch": "ptmodels", "tf": "tfmodels"}[arguments.work]
-    auto, training, distributed = (
-        importlib.import_module(f"{package}.{name}") for name in ("auto", "training", "distributed")
-    )
-    count = arguments.batch_size * (arguments.steps + WARMUP + 1)
+    auto, training = (importlib.import_module(f"{package}.{module}") for module in ("auto", "training"))
+    batch_size = arguments.batch_size // (PROCESSES if name in ALONE else 1)
+    count = batch_size * (arguments.steps + WARMUP + 1)
     draws = np.random.default_rng(0)
     images = draws.standard_normal((count, 3, arguments.image_size, arguments.image_size), np.float32)
     data = ArrayImages(images, draws.integers(0, 10, count))
-    recipe = Recipe(epochs=1, warmup_epochs=0, batch_size=arguments.batch_size, clip_norm=1.0)
-    times = []
-    options = {} if arguments.replicas is None else {"replicas": arguments.replicas}
-    with distributed.joined(arguments.engines[0] if arguments.engines else None, **options):
-        model = auto.create_model(arguments.models[0], num_labels=10)
-        training.fine_tune(
-            model, TrainingBatches(data, recipe, 10), on_step=lambda *step: times.append(time.perf_counter())
-        )
-    return [after - before for before, after in zip(times[WARMUP:], times[WARMUP + 1 :], strict=False)]
+    recipe = Recipe(epochs=1, warmup_epochs=0, batch_size=batch_size, clip_norm=1.0)
+    moments: list[float] = []
+    model = auto.create_model(arguments.models[0], num_labels=10)
+    training.fine_tune(
+        model, TrainingBatches(data, recipe, 10), on_step=lambda *step: moments.append(time.perf_counter())
+    )
+    return [after - before for before, after in zip(moments[WARMUP:], moments[WARMUP + 1 :], strict=False)]
 
 
-def show(rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+def show(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("engine", "model", "one, ms", "two, ms", "two / one", box=None)
-    found = []
+    table = Table("engine", "model", "step, ms", "to one alone", box=None)
     for row in rows:
-        found.append(row)
-        table.add_row(
-            *(row["engine"], row["model"], f"{1e3 * row['alone']:.0f}", f"{1e3 * row['together']:.0f}"),
-            f"{row['ratio']:.2f}",
-        )
+        table.add_row(row["engine"], row["model"], f"{1e3 * row['seconds']:.0f}", f"{row['ratio']:.2f}")
     Console().print(table)
-    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engines", nargs="*", choices=ENGINES, default=[])
+    parser.add_argument("--engines", nargs="*", choices=[*ALONE, *ENGINES], default=list(ENGINES))
     parser.add_argument("--models", nargs="+", default=["swiftformer-xs", "dinat-mini"])
     parser.add_argument("--batch-size", type=int, default=16, help="of all together (default: 16)")
     parser.add_argument("--image-size", type=int, default=128)
@@ -178,7 +202,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.work is not None:
         times = work(arguments)
-        if times:  # only the first process is told of steps
+        if times:
             print(json.dumps(times))
         return
     if arguments.batch_size % PROCESSES:
@@ -186,8 +210,12 @@ def main() -> None:
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, images of {arguments.image_size}, batch {arguments.batch_size}"
     )
-    engines = arguments.engines or list(ENGINES)
-    rows = show(measure(engine, model, arguments) for engine in engines for model in arguments.models)
+    rows = []
+    for framework in ("torch", "tf"):
+        engines = [name for name in ENGINES if name in arguments.engines and ENGINES[name].framework == framework]
+        for model in arguments.models if engines else ():
+            rows += measure(framework, engines, model, arguments)
+    show(rows)
     if arguments.json:
         with open(arguments.json, "w") as file:
             json.dump(rows, file, indent=2)
