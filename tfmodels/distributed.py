@@ -333,7 +333,7 @@ def evaluator(model: keras.Model, batches: Sequence[Part], label_smoothing: floa
             # where there is no batch left for a replica, it repeats one, which does not count
             found = {rank: batches[min(begin + rank, last)] for rank in ranks}
             data = [_values(strategy, {rank: arrays[which] for rank, arrays in found.items()}) for which in range(2)]
-            counts = _values(strategy, {rank: np.float64(begin + rank <= last) for rank in ranks})
+            counts = _values(strategy, {rank: np.asarray(begin + rank <= last, np.float64) for rank in ranks})
             total += sums(*data, counts).numpy()
         return {"loss": float(total[0] / total[2]), "accuracy": float(total[1] / total[2])}
 
