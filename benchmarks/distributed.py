@@ -146,13 +146,14 @@ def work(arguments: argparse.Namespace) -> dict[str, list[float]]:
                 times[name] += train(package, name, arguments)
         return times
     with distributed.joined("ddp"):
+        first = distributed.is_first()
         for _ in range(arguments.rounds):
             for name in arguments.engines:
                 distributed.wait_for_all()
-                if name != "alone" or distributed.is_first():
+                if name != "alone" or first:
                     with distributed.joined(None if name in ALONE else name):
                         times[name] += train(package, name, arguments)
-    return times if distributed.is_first() else {}
+    return times if first else {}
 
 
 def train(package: str, name: str, arguments: argparse.Namespace) -> list[float]:
