@@ -19,15 +19,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.timing import MATRIX, alternate
 
 # heads, height, width, kernel size, dilation, head_dim
 CASES = [
@@ -52,7 +52,6 @@ CASES = [
     (2, 448, 448, 7, 1, 32),
 ]
 ROUNDS_OF_LARGE_CASES = 3
-MATRIX = 1536
 COPIED = 1 << 24  # float32 numbers
 
 
@@ -79,15 +78,7 @@ def measure(case, backward: bool, rounds: int) -> dict:
     matrix, numbers = torch.randn(MATRIX, MATRIX), torch.randn(COPIED)
     copy = torch.empty_like(numbers)
     gauges = {"sgemm": lambda: matrix @ matrix, "copy": lambda: copy.copy_(numbers)}
-    times = {name: [] for name in (*gauges, *contenders)}
-    slow = set()
-    for round_ in range(rounds):
-        for name, run in {**gauges, **contenders}.items():
-            if name in slow and round_ >= ROUNDS_OF_LARGE_CASES:
-                continue
-            times[name].append(seconds_of(run))
-            if times[name][-1] > 0.5:
-                slow.add(name)
+    times = alternate({**gauges, **contenders}, rounds)
     medians = {name: statistics.median(values) for name, values in times.items()}
     sgemm = 2 * MATRIX**3 / medians["sgemm"]
     flops = case.flops * (3.5 if backward else 1)
@@ -101,18 +92,6 @@ def measure(case, backward: bool, rounds: int) -> dict:
     }
     copied = 8 * COPIED / medians["copy"] / 1e9
     return {"sgemm_gflops": sgemm / 1e9, "copy_gbytes": copied, "contenders": results, "failed": failed}
-
-
-def seconds_of(run: Callable) -> float:
-    """The mean over as many calls as fit into a few hundredths of a second, after one that fills the caches."""
-    time.sleep(0.02)  # threads of the contender before look out for work for a while, on this one's cores
-    begin = time.perf_counter()
-    run()
-    calls = max(1, int(0.03 / (time.perf_counter() - begin)))
-    begin = time.perf_counter()
-    for _ in range(calls):
-        run()
-    return (time.perf_counter() - begin) / calls
 
 
 def is_ours(contender: str) -> bool:

@@ -1,0 +1,175 @@
+"""Times whole models of both halves against what a user would take instead, and against sgemm.
+
+    python -m benchmarks.models --threads 1 2 --json models.json --plot models.png
+
+Contenders: either half, eager (`torch`), compiled (`torch compiled`, by torch.compile; `keras`, a tf.function), as
+SavedModel and by Keras' `predict`; transformers, eager and compiled, for SwiftFormer and ViT-MSN; for NAT and DiNAT,
+which transformers has no longer, the same half's own model with another operator in all blocks: attention to all keys
+with a mask (`dense`; made beforehand, but in training, where the bias changes) and to each window's keys, gathered
+(`gather`). `composed` is our operator without kernels, `operator alone` the operators of all blocks and nothing else.
+ONNX Runtime runs the torch half's export, LiteRT the Keras half's. `folded` is without batch normalization.
+
+In every round each contender runs for a moment, and a matrix product too: medians over rounds treat all alike. Outputs
+are compared first, so that all do the same work, in float32. Percentages are of the matrix product's rate in the same
+rounds, with as many threads, and count useful work.
+"""
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.timing import MATRIX, alternate
+
+MODELS = ("swiftformer-xs", "swiftformer-l1", "vit-msn-small", "nat-mini", "dinat-mini")
+PARTS = {
+    "batch1": [{"batch": 1}],
+    "batch16": [{"batch": 16}],
+    "training": [{"batch": 16, "training": True}],
+    "growth": [{"batch": 1, "size": 448}, {"batch": 1, "size": 896}],
+}
+AGREEMENT = 1e-3  # of the rms of the logits, or of the loss: none computes something else
+
+
+def measure(case, rounds: int, wanted, clock) -> dict:
+    """Returns sgemm's rate and, per contender, the median, least and most seconds, and percent of sgemm."""
+    import numpy as np
+    import torch
+
+    runs, failed, preparation, reference = {}, {}, {}, None
+    for name, make in case.contenders().items():
+        if reference is not None and not wanted(name):
+            continue
+        begin = time.perf_counter()
+        try:
+            run = make()
+            output = run()  # the first call compiles
+        except Exception as error:  # a peer that cannot do this case
+            failed[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
+            continue
+        preparation[name] = time.perf_counter() - begin
+        if reference is None:
+            reference = output
+        if not name.endswith("operator alone"):
+            error = np.abs(output - reference).max() / np.sqrt(np.mean(np.square(reference)))
+            if not error < AGREEMENT:
+                failed[name] = f"its output is off by {error:.1e}"
+                continue
+        runs[name] = run
+    matrix = torch.randn(MATRIX, MATRIX)
+    times = alternate({"sgemm": lambda: matrix @ matrix, **runs}, rounds, clock)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    sgemm = 2 * MATRIX**3 / medians["sgemm"]
+    results = {
+        name: {
+            "seconds": medians[name],
+            "least": min(times[name]),
+            "most": max(times[name]),
+            "percent": 100 * case.flops / medians[name] / sgemm,
+            "preparation": preparation[name],
+        }
+        for name in runs
+    }
+    return {
+        "model": case.model,
+        "size": case.size,
+        "batch": case.batch,
+        "training": case.training,
+        "gflop": case.flops / 1e9,
+        "sgemm_gflops": sgemm / 1e9,
+        "contenders": results,
+        "failed": failed,
+    }
+
+
+def show(console: Console, name: str, measured: dict) -> None:
+    title = f"{name}: {measured['gflop']:.1f} GFLOP; sgemm {measured['sgemm_gflops']:.0f} GFLOP/s"
+    table = Table(title=title, title_justify="left", box=None)
+    for column in ("contender", "ms", "least", "most", "% of sgemm", "/ torch", "/ keras", "first call, s"):
+        table.add_column(column, justify="left" if column == "contender" else "right")
+    results = measured["contenders"]
+    for contender, result in sorted(results.items(), key=lambda item: item[1]["seconds"]):
+        milliseconds = [f"{1e3 * result[key]:.1f}" for key in ("seconds", "least", "most")]
+        ratios = [
+            f"{result['seconds'] / results[ours]['seconds']:.2f}" if ours in results else ""
+            for ours in ("torch", "keras")
+        ]
+        percent = "" if contender.endswith("alone") else f"{result['percent']:.0f}"
+        table.add_row(contender, *milliseconds, percent, *ratios, f"{result['preparation']:.0f}")
+    console.print(table)
+    for contender, reason in measured["failed"].items():
+        console.print(f"  without {contender}: {reason[:100]}", style="dim", markup=False)
+    console.print()
+
+
+def run_with(threads: int, arguments: argparse.Namespace) -> dict:
+    """Measures all cases in this process, with so many threads."""
+    import tensorflow as tf
+    import torch
+
+    from benchmarks.model_contenders import ModelCase
+
+    warnings.simplefilter("ignore")  # of peers
+    torch.set_num_threads(threads)
+    tf.config.threading.set_intra_op_parallelism_threads(threads)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+    console = Console(width=max(100, Console().width))
+    console.print(f"{threads} thread(s), float32, medians of {arguments.rounds} rounds\n")
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
+    report = {"threads": threads, "results": []}
+    for model in arguments.models:
+        for case in (ModelCase(model, **settings) for part in arguments.parts for settings in PARTS[part]):
+            torch.compiler.reset()
+            measured = measure(case, arguments.rounds, functools.partial(is_wanted, arguments), clock)
+            show(console, case.name, measured)
+            report["results"].append(measured)
+    return report
+
+
+def is_wanted(arguments: argparse.Namespace, contender: str) -> bool:
+    if arguments.only is not None:
+        return contender in arguments.only
+    return not any(word in contender for word in arguments.without)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="threads of every contender (default 1)")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds, of which medians are taken (default 7)")
+    parser.add_argument("--only", nargs="+", metavar="CONTENDER", help="these, and torch, as the reference")
+    parser.add_argument("--without", nargs="+", metavar="WORD", default=[], help="no contender with a word in its name")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="time of the processor: with one thread, on a machine that others use"
+    )
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures there too")
+    arguments = parser.parse_args()
+    reports = []
+    if len(arguments.threads) == 1:
+        reports.append(run_with(arguments.threads[0], arguments))
+    for threads in arguments.threads if len(arguments.threads) > 1 else ():  # TensorFlow's threads are set once
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "figures.json"
+            command = [sys.executable, "-m", "benchmarks.models", *sys.argv[1:]]
+            command += ["--threads", str(threads), "--json", str(path)]  # the last of an option counts
+            subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+            reports += json.loads(path.read_text())
+    if arguments.json:
+        arguments.json.write_text(json.dumps(reports, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""How contenders are timed: in rounds in which each runs for a moment, so that a clock that swings meets all alike."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+MATRIX = 1536
+ROUNDS_OF_SLOW = 3  # of what takes longer than SLOW seconds
+SLOW = 0.5
+
+Clock = Callable[[], float]
+
+
+def seconds_of(run: Callable, clock: Clock = time.perf_counter) -> float:
+    """The mean over as many calls as fit into a few hundredths of a second, after one that fills the caches.
+
+    Args:
+        run: what is timed.
+        clock: `time.process_time` for one thread on a machine that others use too.
+    """
+    time.sleep(0.02)  # threads of the contender before look out for work for a while, on this one's cores
+    begin = clock()
+    run()
+    first = clock() - begin
+    if first > SLOW:  # caches hold a small part of what such a call goes through
+        return first
+    calls = max(1, int(0.03 / max(first, 1e-6)))
+    begin = clock()
+    for _ in range(calls):
+        run()
+    return (clock() - begin) / calls
+
+
+def alternate(
+    contenders: Mapping[str, Callable], rounds: int, clock: Clock = time.perf_counter
+) -> dict[str, list[float]]:
+    """Returns the seconds of each contender in each round; slow ones take part in the first rounds only."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds):
+        for name, run in contenders.items():
+            if number >= ROUNDS_OF_SLOW and statistics.median(times[name]) > SLOW:
+                continue
+            times[name].append(seconds_of(run, clock))
+    return times
