@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from neighborhood.tiles import Tiles, known_tiles
 
@@ -120,6 +119,8 @@ def sharing_tiles() -> Iterator[None]:
 
 
 def _surely_equal(first: Any, second: Any) -> bool:
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # SymPy with it: for exports alone
+
     return statically_known_true(first == second)
 
 

@@ -147,9 +147,12 @@ def neighborhood_attention(
     )
 
 
-@torch.compiler.assume_constant_result
 def _why_unavailable() -> str | None:
     return native.why_unavailable()
+
+
+# as torch.compiler.assume_constant_result does, which imports the whole compiler: two seconds of every start
+_why_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _check_dtypes(query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None) -> None:

@@ -103,6 +103,15 @@ def test_importing_one_half_leaves_the_other_alone(package, absent):
     assert process.stdout.strip() == ""
 
 
+def test_importing_the_torch_half_leaves_the_compiler_alone():
+    # it takes several times as long as all of the half
+    code = "import sys, torch; before = set(sys.modules); import ptmodels; print(*set(sys.modules) - before)"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    loaded = {name.partition(".")[0] for name in process.stdout.split() if not name.startswith("torch.")}
+    assert "ptmodels" in loaded and "sympy" not in loaded
+    assert not [name for name in process.stdout.split() if name.startswith(("torch._dynamo", "torch._inductor"))]
+
+
 def test_no_file_is_named_after_nothing():
     vague = {"utils.py", "helpers.py", "common.py", "misc.py"}
     assert not [path for package in (*PACKAGES, "tests") for path in python_files(package) if path.name in vague]
