@@ -41,6 +41,7 @@ class SwiftFormerPatchEmbedding(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(self.patch_embedding[0].weight.dtype)  # type: ignore[arg-type]  # for torch, whatever a module has may be a module
+        x = x.contiguous(memory_format=torch.channels_last)  # convolutions keep it, and tokens are a view then
         for layer in self.patch_embedding:
             x = layer(x)
         return x
@@ -244,8 +245,8 @@ class SwiftFormerModel(PreTrainedModel):
         options = self.call_options(output_hidden_states=output_hidden_states, return_dict=return_dict)
         hidden_states = self.encoder(self.patch_embed(self.check_pixel_values(pixel_values)))
         output = BaseModelOutputWithNoAttention(
-            last_hidden_state=hidden_states[-1],
-            hidden_states=tuple(hidden_states) if options.output_hidden_states else None,
+            last_hidden_state=hidden_states[-1].contiguous(),
+            hidden_states=tuple(x.contiguous() for x in hidden_states) if options.output_hidden_states else None,
         )
         return output if options.return_dict else output.to_tuple()
 
@@ -353,8 +354,8 @@ class SwiftFormerBackbone(PreTrainedModel):
         hidden_states = self.encoder(self.patch_embed(self.check_pixel_values(pixel_values)))
         stages = [hidden_states[index] for index in self.config.stage_positions]
         output = BackboneOutput(
-            feature_maps=tuple(stages[index] for index in self.config.out_indices),
-            hidden_states=tuple(hidden_states) if options.output_hidden_states else None,
+            feature_maps=tuple(stages[index].contiguous() for index in self.config.out_indices),
+            hidden_states=tuple(x.contiguous() for x in hidden_states) if options.output_hidden_states else None,
         )
         return output if options.return_dict else output.to_tuple()
 
