@@ -130,11 +130,12 @@ class ModelCase:
     def run_transformers(self, *, compiled: bool = False) -> Run:
         import transformers
 
-        names = {"swiftformer": "SwiftFormer", "vit_msn": "ViTMSN"}
-        config = getattr(transformers, f"{names[self.family]}Config")(**self.config.to_dict())
-        model = getattr(transformers, f"{names[self.family]}ForImageClassification")(config)
-        model.load_state_dict({key: torch.from_numpy(value) for key, value in self.weights.items()})
-        return self.run_torch_module(model.eval(), compiled)
+        classes = {"swiftformer": "SwiftFormer", "vit_msn": "ViTMSN"}
+        cls = getattr(transformers, f"{classes[self.family]}ForImageClassification")
+        with tempfile.TemporaryDirectory() as folder:  # it reads checkpoints under other names than it gives its layers
+            self.torch_model().save_pretrained(folder)
+            model = cls.from_pretrained(folder)
+        return self.run_torch_module(model, compiled)
 
     def run_torch_module(self, model: torch.nn.Module, compiled: bool) -> Run:
         images = torch.from_numpy(self.images)
