@@ -181,8 +181,7 @@ class NeighborhoodAttention(nn.Module):
         if x.ndim != self.axes + 2 or x.shape[-1] != self.embed_dim:
             raise ValueError(f"x has shape {tuple(x.shape)}; give {describe_input(self.axes, self.embed_dim)}")
         *sizes, _ = x.shape
-        qkv = self.qkv(x).reshape(*sizes, 3, self.num_heads, -1)
-        query, key, value = qkv.unbind(-3)  # (B, *spatial, heads, head_dim)
+        query, key, value = (part.unflatten(-1, (self.num_heads, -1)) for part in self.project(x))
         dropout = self.attn_drop if self.training and self.attn_drop.p > 0 else None
         attended = neighborhood_attention(
             *(query, key, value, self.kernel_size, self.dilation),
@@ -195,6 +194,17 @@ class NeighborhoodAttention(nn.Module):
         output, attentions = attended if isinstance(attended, tuple) else (attended, None)
         output = self.proj_drop(self.proj(output.reshape(*sizes, self.embed_dim)))
         return output if attentions is None else (output, attentions)
+
+    def project(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Returns queries, keys and values, each (B, *spatial, embed_dim).
+
+        Of one product for all three, the kernels would need copies.
+        """
+        qkv = self.qkv
+        if type(qkv) is not nn.Linear or qkv._forward_hooks or qkv._forward_pre_hooks:  # somebody put something there
+            return list(qkv(x).chunk(3, dim=-1))
+        biases = (None,) * 3 if qkv.bias is None else qkv.bias.chunk(3)
+        return [functional.linear(x, *parts) for parts in zip(qkv.weight.chunk(3), biases, strict=True)]
 
     def extra_repr(self) -> str:
         return f"kernel_size={self.kernel_size}, dilation={self.dilation}, num_heads={self.num_heads}"

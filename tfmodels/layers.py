@@ -282,8 +282,8 @@ class NeighborhoodAttention(keras.layers.Layer):
         if len(x.shape) != self.axes + 2 or x.shape[-1] != self.embed_dim:
             raise ValueError(f"x has shape {tuple(x.shape)}; give {describe_input(self.axes, self.embed_dim)}")
         *sizes, _ = ops.shape(x)
-        qkv = ops.reshape(self.qkv(x), (*sizes, 3, self.num_heads, self.embed_dim // self.num_heads))
-        query, key, value = ops.unstack(qkv, 3, axis=-3)  # (B, *spatial, heads, head_dim)
+        heads = (*sizes, self.num_heads, self.embed_dim // self.num_heads)
+        query, key, value = (ops.reshape(part, heads) for part in self.project(x))
         dropout = self._drop_attentions if training and self.attn_drop.rate > 0 else None
         output = neighborhood_attention(
             *(query, key, value, self.kernel_size, self.dilation),
@@ -297,6 +297,20 @@ class NeighborhoodAttention(keras.layers.Layer):
         output = self.proj(ops.reshape(output, (*sizes, self.embed_dim)))
         output = self.proj_drop(output, training=training)
         return (output, attentions) if output_attentions else output
+
+    def project(self, x):
+        """Returns queries, keys and values, each (B, *spatial, embed_dim).
+
+        Of one product for all three, the kernels would need copies.
+        """
+        qkv = self.qkv
+        if type(qkv) is not keras.layers.Dense or qkv.quantization_mode or qkv.lora_enabled:
+            return ops.split(qkv(x), 3, axis=-1)
+        parts = [ops.matmul(x, kernel) for kernel in ops.split(ops.convert_to_tensor(qkv.kernel), 3, axis=-1)]
+        if qkv.bias is None:
+            return parts
+        biases = ops.split(ops.convert_to_tensor(qkv.bias), 3)
+        return [ops.add(part, bias) for part, bias in zip(parts, biases, strict=True)]
 
     def _drop_attentions(self, probabilities):
         return self.attn_drop(probabilities, training=True)

@@ -169,3 +169,24 @@ def test_bad_arguments_are_named(half):
         layer(12, 3, 3, implementation="cuda")
     with pytest.raises(ValueError, match=r"x has shape \(1, 5, 12\); give \(batch, height, width, 12\)"):
         layer(12, 3, 3)(torch.zeros(1, 5, 12) if half is ptmodels.layers else np.zeros((1, 5, 12), "float32"))
+
+
+@pytest.mark.parametrize("qkv_bias", [True, False])
+def test_queries_keys_and_values_are_those_of_one_product_which_hooks_and_other_modules_see(qkv_bias):
+    layer = ptmodels.layers.NeighborhoodAttention2D(8, 2, 3, qkv_bias=qkv_bias).double()
+    x = torch.randn(1, 5, 4, 8, dtype=torch.float64)
+    expected = layer(x)
+    torch.testing.assert_close(torch.cat(layer.project(x), -1), layer.qkv(x))
+    handle = layer.qkv.register_forward_hook(lambda module, inputs, output: output * 0)
+    assert not torch.allclose(layer(x), expected)
+    handle.remove()
+    torch.testing.assert_close(layer(x), expected)
+    layer.qkv = torch.nn.Sequential(layer.qkv)
+    torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_keras_queries_keys_and_values_are_those_of_one_product(use_bias):
+    layer = tfmodels.layers.NeighborhoodAttention2D(8, 2, 3, qkv_bias=use_bias, dtype="float64")
+    x = np.random.default_rng(0).standard_normal((1, 5, 4, 8))
+    np.testing.assert_allclose(np.concatenate(layer.project(x), -1), layer.qkv(x), rtol=0, atol=1e-12)
