@@ -1,4 +1,4 @@
-"""A shifted-window attention layer in PyTorch: the peer of a neighborhood attention layer, of the same width and window.
+"""A shifted-window attention layer in PyTorch: the peer of a neighborhood attention layer of its width and window.
 
 Source: Liu et al., Swin Transformer, ICCV 2021 (arXiv:2103.14030), with torch's fused attention inside the windows.
 """
