@@ -70,7 +70,7 @@ def batches_of_shares(sizes: Sequence[int]) -> Iterator[None]:
 
 def share_of_batch(dtype):
     """Returns which part of the samples of a batch this replica has, as a scalar tensor."""
-    if not _shares:
+    if not _shares or tf.distribute.in_cross_replica_context():
         return ops.convert_to_tensor(1.0 / num_replicas(), dtype)
     parts = ops.convert_to_tensor([size / sum(_shares[-1]) for size in _shares[-1]], dtype)
     return tf.gather(parts, replica_id())
