@@ -205,8 +205,7 @@ class NatLayer(LayerWithOutput):
             if known and sizes[axis] >= self.window:
                 continue
             missing = self.window - sizes[axis] if known else ops.maximum(self.window - sizes[axis], 0)
-            zeros = ops.zeros((*sizes[:axis], missing, *sizes[axis + 1 :]), x.dtype)
-            x = ops.concatenate([x, zeros], axis=axis)
+            x = ops.concatenate([x, ops.zeros((*sizes[:axis], missing, *sizes[axis + 1 :]), x.dtype)], axis=axis)
             sizes[axis] = sizes[axis] + missing
         return x
 
