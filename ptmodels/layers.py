@@ -68,7 +68,10 @@ class SharesBatch(nn.Module):
             raise ValueError(
                 f"there are {shape[0]} samples; this process's share of {self.share.total} is {self.share.size}"
             )
-        whole = x.new_empty((self.share.total, *shape[1:])).bernoulli_(probability)
+        # torch draws in the order of memory, which need not be that of the axes: images may be channels-last
+        layout = [0, *sorted(range(1, len(shape)), key=x.stride, reverse=True)]
+        sizes = (self.share.total, *shape[1:])
+        whole = torch.empty_permuted(sizes, layout, dtype=x.dtype, device=x.device).bernoulli_(probability)
         return whole[self.share.begin : self.share.stop]
 
 

@@ -33,6 +33,7 @@ def float64_keras():
     keras.config.set_floatx("float64")
     yield
     keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")  # Keras keeps the one that it made of the default
 
 
 @contextlib.contextmanager
