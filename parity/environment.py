@@ -67,9 +67,10 @@ def without_onednn() -> Iterator[None]:
     """Has torch compute convolutions on CPUs by its own matrix products instead of with oneDNN."""
     import torch
 
-    kept = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False
+    onednn: Any = torch.backends.mkldnn
+    kept = onednn.enabled
+    onednn.enabled = False
     try:
         yield
     finally:
-        torch.backends.mkldnn.enabled = kept
+        onednn.enabled = kept

@@ -10,6 +10,7 @@ FSDP, VLDB 2023 (arXiv:2304.11277), in its second form, `fully_shard`.
 import contextlib
 import copy
 import datetime
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -155,14 +156,21 @@ def wait_for_all() -> None:
         dist.barrier(patient)
 
 
-def share_object(value: Any) -> Any:
-    """Returns the first process's value in all joined processes; it can be pickled. As patient as `wait_for_all`."""
-    strategy, patient = _joined[-1]
-    if strategy is None:
-        return value
-    values = [value]
-    dist.broadcast_object_list(values, 0, patient, torch.device("cpu"))
-    return values[0]
+def share_value(value: Any) -> Any:
+    """Returns the first process's value, which JSON can hold, in all joined processes; as patient as `wait_for_all`."""
+    return value if _joined[-1][0] is None else _values_of_all(value if is_first() else None)[0]
+
+
+def _values_of_all(value: Any) -> list[Any]:
+    """Returns what each process gave, in the order of their ranks."""
+    patient, text = _joined[-1][1], json.dumps(value).encode()
+    sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64)
+    sizes[dist.get_rank()] = len(text)
+    dist.all_reduce(sizes, group=patient)
+    texts = [torch.zeros(int(sizes.max()), dtype=torch.uint8) for _ in sizes]
+    padded = torch.frombuffer(bytearray(text.ljust(len(texts[0]))), dtype=torch.uint8)
+    dist.all_gather(texts, padded, group=patient)
+    return [json.loads(bytes(found.tolist())) for found in texts]
 
 
 def own_device() -> torch.device:
@@ -276,13 +284,12 @@ class SeveralProcesses(Engine):
             "classes": batches.num_labels,
             "finished epochs": 0 if state is None else state.epoch,
         }
-        everyones: list[Any] = [None] * self.processes
-        dist.all_gather_object(everyones, ours, _joined[-1][1])
-        for rank, theirs in enumerate(everyones):
+        of_first, *others = _values_of_all(ours)
+        for rank, theirs in enumerate(others, 1):
             for name in ours:
-                if theirs[name] != everyones[0][name]:
+                if theirs[name] != of_first[name]:
                     raise ValueError(
-                        f"process {rank} has {name} {theirs[name]}, and process 0 {everyones[0][name]}; start all "
+                        f"process {rank} has {name} {theirs[name]}, and process 0 {of_first[name]}; start all "
                         "with the same arguments, on the same files"
                     )
         share_batch(self.model, share)

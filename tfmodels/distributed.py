@@ -7,7 +7,6 @@ normalization are of the whole batch, samples lose what they would lose there, t
 import contextlib
 import json
 import os
-import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -129,18 +128,18 @@ def is_first() -> bool:
     return resolver.task_type == chief and resolver.task_id == 0
 
 
-def share_object(value: Any) -> Any:
-    """Returns the first process's value in all processes of this strategy; it can be pickled.
+def share_value(value: Any) -> Any:
+    """Returns the first process's value, which JSON can hold, in all processes of this strategy.
 
     Processes that come early wait, however long it takes.
     """
     strategy = tf.distribute.get_strategy()
     if not is_multi_worker(strategy):
         return value
-    sent = np.frombuffer(pickle.dumps(value) if is_first() else b"", np.uint8).astype(np.int32)
+    sent = np.frombuffer(json.dumps(value).encode() if is_first() else b"", np.uint8).astype(np.int32)
     (size,) = _summed(strategy, np.array([len(sent)], np.int32))
     received = _summed(strategy, sent if is_first() else np.zeros(size, np.int32))
-    return pickle.loads(received.astype(np.uint8).tobytes())
+    return json.loads(received.astype(np.uint8).tobytes())
 
 
 def _summed(strategy: tf.distribute.Strategy, array: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from tfmodels.distributed import (
     is_first,
     is_multi_worker,
     parts_of_replicas,
-    share_object,
+    share_value,
     shares_of_replicas,
     uneven_shares_allowed,
 )
@@ -165,7 +165,7 @@ def _check_steps_per_execution(model: TFPreTrainedModel, parts: int) -> None:
 
 def _check_all_alike(batches: TrainingBatches, epoch: int) -> None:
     ours = {"recipe": batches.recipe.to_dict(), "images": len(batches.images.labels), "finished epochs": epoch}
-    theirs = share_object(ours)
+    theirs = share_value(ours)
     for name, value in ours.items():
         if value != theirs[name]:
             raise ValueError(

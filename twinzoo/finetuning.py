@@ -209,7 +209,7 @@ def fine_tune_folder(
     return outcome
 
 
-def _read_images(run: Run, listener: Listener, note: Callable[[str], None]) -> tuple[ImageFolder, ImageFolder]:
+def _read_images(run: Run, listener: Listener, note: Callable[[str], None]) -> list[ImageFolder]:
     """Returns what is trained on and what is held out."""
     listener.stage("reading images")
     training, validation, warnings = training_and_validation(run.folder)
@@ -221,7 +221,7 @@ def _read_images(run: Run, listener: Listener, note: Callable[[str], None]) -> t
             note(f"left out: {reason}")
     for warning in warnings:
         note(warning)
-    return parts[0], parts[1]
+    return parts
 
 
 def _describe(run: Run, training: ImageFolder) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -60,6 +61,23 @@ class ImageFolder:
         """Returns some of the images, by number; what is in memory is shared."""
         paths = [self.paths[index] for index in chosen]
         return ImageFolder(self.root, self.class_names, paths, self.labels[np.asarray(chosen, np.int64)], self._kept)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what `from_dict` takes, which JSON can hold: the list of the files, without their pixels."""
+        names = [str(path.relative_to(self.root)) for path in self.paths]
+        return {
+            "root": str(self.root),
+            "class_names": self.class_names,
+            "paths": names,
+            "labels": self.labels.tolist(),
+        }
+
+    @classmethod
+    def from_dict(cls, found: dict[str, Any]) -> "ImageFolder":
+        """Makes the folder that `to_dict` has described; no file is opened."""
+        root = Path(found["root"])
+        paths = [root / name for name in found["paths"]]
+        return cls(root, found["class_names"], paths, np.array(found["labels"], np.int64))
 
     def classes_without_images(self) -> list[str]:
         """Returns the names of the classes of which no image is here."""

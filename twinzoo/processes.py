@@ -5,10 +5,11 @@ import json
 import os
 import signal
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any
+
+from twinzoo.image_folder import ImageFolder
 
 STRATEGIES = {"torch": ("ddp", "fsdp"), "tf": ("mirrored", "multiworker")}
-Value = TypeVar("Value")
 
 
 class Processes:
@@ -20,8 +21,8 @@ class Processes:
 
     first = True
 
-    def share(self, find: Callable[[], Value]) -> Value:
-        """Returns what `find` returns in the first process; the others wait for it."""
+    def share(self, find: Callable[[], list[ImageFolder]]) -> list[ImageFolder]:
+        """Returns the folders that `find` returns in the first process; the others wait for the lists of files."""
         return find()
 
     def wait(self) -> None:
@@ -35,17 +36,32 @@ class Processes:
         return model
 
 
-class TorchProcesses(Processes):
+class SeveralProcesses(Processes):
+    """Those of an engine.
+
+    Args:
+        distributed: the module of the framework's package.
+    """
+
+    def __init__(self, distributed: Any):
+        self.distributed = distributed
+        self.first = distributed.is_first()
+
+    def share(self, find: Callable[[], list[ImageFolder]]) -> list[ImageFolder]:
+        if self.first:
+            found = find()
+            self.distributed.share_value([folder.to_dict() for folder in found])
+            return found
+        return [ImageFolder.from_dict(folder) for folder in self.distributed.share_value(None)]
+
+
+class TorchProcesses(SeveralProcesses):
     """Those that `torchrun` started."""
 
     def __init__(self) -> None:
         from ptmodels import distributed
 
-        self.distributed = distributed
-        self.first = distributed.is_first()
-
-    def share(self, find: Callable[[], Value]) -> Value:
-        return self.distributed.share_object(find() if self.first else None)
+        super().__init__(distributed)
 
     def wait(self) -> None:
         self.distributed.wait_for_all()
@@ -54,7 +70,7 @@ class TorchProcesses(Processes):
         return model.to(self.distributed.own_device())
 
 
-class KerasProcesses(Processes):
+class KerasProcesses(SeveralProcesses):
     """Those that `TF_CONFIG` lists, or one with several replicas."""
 
     def __init__(self) -> None:
@@ -62,15 +78,11 @@ class KerasProcesses(Processes):
 
         from tfmodels import distributed
 
-        self.distributed = distributed
-        self.first = distributed.is_first()
+        super().__init__(distributed)
         self.strategy = tensorflow.distribute.get_strategy()
 
-    def share(self, find: Callable[[], Value]) -> Value:
-        return self.distributed.share_object(find() if self.first else None)
-
     def wait(self) -> None:
-        self.distributed.share_object(None)
+        self.distributed.share_value(None)
 
     def finish(self) -> None:
         # TensorFlow takes a process that leaves for one that has died, and says so

@@ -12,19 +12,11 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from keras_training import CONFIGS, RECIPE, fit_by_hand, found, train
-
-from modelspec.agreement import compare_all
-from modelspec.zero_gradients import has_zero_gradient
+from keras_training import fit_by_hand, train
+from small_training import DROPPING, ONE_EPOCH, assert_follows, assert_same, in_one_process
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).with_name("keras_training.py")
-DROPPING = {
-    "vit_msn": {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2},
-    "swiftformer": {"drop_path_rate": 0.3, "drop_mlp_rate": 0.2, "drop_conv_encoder_rate": 0.2},
-    "nat": {"drop_path_rate": 0.3, "hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2},
-}
-ONE_EPOCH = {"epochs": 1, "warmup_epochs": 0}
 
 
 @pytest.fixture(autouse=True)
@@ -76,54 +68,10 @@ def launch(strategy, processes, folder, cases):
 def of_one_process(case):
     """What one process leaves, of a case in JSON."""
     case = json.loads(case)
-    return fit_by_hand(**case) if "optimizer" in case else found(*train(**case))
+    return fit_by_hand(**case) if "optimizer" in case else train(**case)
 
 
-def in_one_process(case):
-    """The same case for one process, from the beginning, in JSON."""
-    case = {name: value for name, value in case.items() if name not in ("keep", "state_path", "implementation")}
-    if "recipe" in case:
-        case["recipe"] = {name: value for name, value in case["recipe"].items() if name != "gradient_checkpointing"}
-    return json.dumps(case)
-
-
-def assert_same(family, found, wanted, going_on_after=0):
-    """Curves, weights, statistics, moments and averages agree; of the losses there are only those that were left."""
-    assert set(found) == set(wanted)
-    for name in [name for name in wanted if name.startswith("curves/")]:
-        values = wanted[name][going_on_after * 4 :] if name == "curves/losses" else wanted[name]
-        np.testing.assert_allclose(found[name], values, rtol=0, atol=1e-11, err_msg=name)
-    for group in sorted({name.partition("/")[0] for name in wanted} - {"curves"}):
-        ours, theirs = (
-            {key.partition("/")[2]: value for key, value in arrays.items() if key.startswith(f"{group}/")}
-            for arrays in (found, wanted)
-        )
-        assert ours and all(ours[key].dtype == theirs[key].dtype for key in theirs)
-        if "moments" in group:  # where they are zero by construction, they are rounding noise
-            largest = max(np.abs(value).max() for value in theirs.values())
-            for key in [key for key in theirs if has_zero_gradient(CONFIGS[family](), key, training=True)]:
-                assert max(np.abs(arrays.pop(key)).max() for arrays in (ours, theirs)) < 1e-12 * largest
-        differing = {key: value.max_rel for key, value in compare_all(ours, theirs, 1e-10).items() if not value.passed}
-        assert not differing
-
-
-def assert_follows(case, strategy, arrays, going_on_after=0):
-    wanted = of_one_process(in_one_process(case))
-    steps = 4 * case.get("recipe", RECIPE).get("epochs", RECIPE["epochs"])
-    assert len(wanted["curves/losses"]) == steps == len(set(wanted["curves/losses"]))
-    first, *others = arrays
-    assert_same(case["family"], first, wanted, going_on_after)
-    # a process that only helps has the same model, bit for bit, and wrote and told nothing
-    assert len(others) == (1 if strategy == "multiworker" else 0) or len(others) == 2
-    for other in others:
-        assert not {key for key in other if key.startswith(("weights/", "first_moments/"))}
-        assert len(other["curves/losses"]) == 0
-        for key, value in first.items():
-            if key.startswith("model/"):
-                np.testing.assert_array_equal(other[key], value)
-
-
-# The options are those of `keras_training.RECIPE`: layer decay, clipping, mixup, averages, accumulation, freezing, and
+# The options are those of `small_training.RECIPE`: layer decay, clipping, mixup, averages, accumulation, freezing, and
 # parts of five images, of which one replica has three and the other two.
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["mirrored", "multiworker"])
@@ -132,7 +80,8 @@ def test_two_replicas_follow_the_curve_of_one(family, strategy, tmp_path):
     case = {"family": family, "implementation": "native"}  # where there is any, which DiNAT has
     small = {"family": "nat", "recipe": {"batch_size": 1, "accumulation_steps": 1}}
     arrays, refused = launch(strategy, 2, tmp_path, [case, small])
-    assert_follows(case, strategy, arrays)
+    assert len(arrays) == (2 if strategy == "multiworker" else 1)
+    assert_follows(case, arrays, of_one_process(in_one_process(case)))
     for found_of_process in refused:
         assert str(found_of_process["error"]).startswith("parts of 1 images cannot be shared by 2 replicas; give fewer")
 
@@ -153,7 +102,7 @@ OTHERS = {
 @pytest.mark.parametrize("strategy", ["mirrored", "multiworker"])
 def test_dropping_recomputing_and_teaching_are_those_of_one(strategy, tmp_path):
     for case, arrays in zip(OTHERS.values(), launch(strategy, 2, tmp_path, OTHERS.values()), strict=True):
-        assert_follows(case, strategy, arrays)
+        assert_follows(case, arrays, of_one_process(in_one_process(case)))
 
 
 @pytest.mark.slow

@@ -9,20 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from torch_training import CONFIGS, found, train
-
-from modelspec.agreement import compare_all
-from modelspec.zero_gradients import has_zero_gradient
+from small_training import DROPPING, ONE_EPOCH, assert_follows, assert_same, in_one_process
+from torch_training import train
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).with_name("torch_training.py")
-DROPPING = {
-    "vit_msn": {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2},
-    "swiftformer": {"drop_path_rate": 0.3, "drop_mlp_rate": 0.2, "drop_conv_encoder_rate": 0.2},
-    "nat": {"drop_path_rate": 0.3, "hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2},
-}
-ONE_EPOCH = {"epochs": 1, "warmup_epochs": 0}
-# Of all cases the options are those of `torch_training.RECIPE`: layer decay, clipping, mixup, averages, accumulation,
+# Of all cases the options are those of `small_training.RECIPE`: layer decay, clipping, mixup, averages, accumulation,
 # freezing, and parts of five images, of which one process has three and the other two.
 CASES = {
     "swiftformer, ddp": {"family": "swiftformer", "strategy": "ddp"},
@@ -72,15 +64,7 @@ def launch(processes, folder, cases):
 @functools.cache
 def of_one_process(case):
     """What one process leaves, of a case in JSON."""
-    return found(*train(**json.loads(case)))
-
-
-def in_one_process(case):
-    """The same case for one process, from the beginning, in JSON."""
-    case = {name: value for name, value in case.items() if name not in ("strategy", "keep", "state_path")}
-    case["recipe"] = {**case.get("recipe", {})}
-    case["recipe"].pop("gradient_checkpointing", None)
-    return json.dumps(case)
+    return train(**json.loads(case))
 
 
 @pytest.fixture(scope="module")
@@ -99,43 +83,13 @@ def of_two_processes(folder):
     return dict(zip(CASES, launch(2, folder, cases), strict=True))
 
 
-def assert_same(family, found, wanted, going_on_after=0):
-    """Curves, weights, statistics, moments and averages agree; of the losses there are only those that were left."""
-    assert set(found) == set(wanted)
-    losses = wanted["curves/losses"][going_on_after * 4 :]
-    np.testing.assert_allclose(found["curves/losses"], losses, rtol=0, atol=1e-11)
-    for name in wanted:
-        if name.startswith("curves/") and name != "curves/losses":
-            np.testing.assert_allclose(found[name], wanted[name], rtol=0, atol=1e-11, err_msg=name)
-    for group in ("model", "weights", "first_moments", "second_moments", "averages"):
-        ours, theirs = (
-            {key: value for key, value in arrays.items() if key.startswith(f"{group}/")} for arrays in (found, wanted)
-        )
-        assert ours and all(ours[key].dtype == theirs[key].dtype for key in theirs)
-        if "moments" in group:  # where they are zero by construction, they are rounding noise
-            largest = max(np.abs(value).max() for value in theirs.values())
-            for key in [key for key in theirs if has_zero_gradient(CONFIGS[family](), key, training=True)]:
-                assert max(np.abs(arrays.pop(key)).max() for arrays in (ours, theirs)) < 1e-12 * largest
-        differing = {key: value.max_rel for key, value in compare_all(ours, theirs, 1e-10).items() if not value.passed}
-        assert not differing
-
-
 CURVES = [name for name in CASES if name not in ("no share", "other seeds")]
 
 
 @pytest.mark.parametrize("name", CURVES)
 def test_two_processes_follow_the_curve_of_one(name, of_two_processes):
-    first, second = of_two_processes[name]
     wanted = of_one_process(in_one_process(CASES[name]))
-    steps = 4 * CASES[name].get("recipe", {}).get("epochs", 5)
-    assert len(wanted["curves/losses"]) == steps == len(set(wanted["curves/losses"]))
-    assert_same(CASES[name]["family"], first, wanted, going_on_after=2 if name.startswith("going on") else 0)
-    # the process that only helps has the same model, bit for bit, and wrote and told nothing
-    assert {key for key in second if key.startswith(("weights/", "first_moments/"))} == set()
-    assert len(second["curves/losses"]) == 0
-    for key, value in first.items():
-        if key.startswith("model/"):
-            np.testing.assert_array_equal(second[key], value)
+    assert_follows(CASES[name], of_two_processes[name], wanted, going_on_after=2 if name.startswith("going on") else 0)
 
 
 def test_dropping_changes_the_curve(of_two_processes):
@@ -149,7 +103,7 @@ def test_dropping_changes_the_curve(of_two_processes):
 
 
 def test_one_process_goes_on_with_what_two_began(folder, of_two_processes):
-    arrays = found(*train("swiftformer", state_path=folder / "begun"))
+    arrays = train("swiftformer", state_path=folder / "begun")
     assert_same("swiftformer", arrays, of_one_process(in_one_process(CASES["swiftformer, fsdp"])), going_on_after=2)
 
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from small_training import small_config
 from torch import nn
-from torch_training import CONFIGS, train
+from torch_training import train, trained
 
 import ptmodels.auto
 import ptmodels.distributed
@@ -89,8 +90,8 @@ def test_native_attention_runs_under_fsdp(one_process, monkeypatch):
 
 
 def test_fsdp_gives_the_model_back_as_it_was(one_process):
-    model, _, _ = train("swiftformer", "fsdp", recipe={"epochs": 1, "warmup_epochs": 0, "freeze": "stage1"})
-    fresh = ptmodels.auto.model_class("swiftformer")(CONFIGS["swiftformer"]())
+    model, _, _ = trained("swiftformer", "fsdp", recipe={"epochs": 1, "warmup_epochs": 0, "freeze": "stage1"})
+    fresh = ptmodels.auto.model_class("swiftformer")(small_config("swiftformer"))
     assert type(model) is type(fresh) and model.checkpoint_shapes() == fresh.checkpoint_shapes()
     assert list(model.state_dict()) == list(fresh.state_dict()) and not model.training
     for key, parameter in model.named_parameters():

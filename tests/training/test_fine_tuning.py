@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import torch
+from small_training import RECIPE, random_images
 
 import ptmodels.auto
 import ptmodels.training
@@ -16,25 +17,7 @@ from modelspec.training import ArrayImages, EvaluationBatches, Recipe, TrainingB
 from tfmodels.weights import read_weights
 
 HALVES = {"torch": (ptmodels.auto, ptmodels.training), "keras": (tfmodels.auto, tfmodels.training)}
-# No option is left at a value that changes nothing. Epsilon is not smaller, or AdamW makes steps of what is rounding
-# noise: the gradients that are zero by construction.
-EVERYTHING = {
-    "epsilon": 1e-6,
-    "epochs": 2,
-    "batch_size": 8,
-    "learning_rate": 3e-3,
-    "min_learning_rate": 1e-4,
-    "warmup_epochs": 0.5,
-    "weight_decay": 0.1,
-    "layer_decay": 0.7,
-    "clip_norm": 0.5,
-    "label_smoothing": 0.1,
-    "mixup": 0.3,
-    "ema": 0.8,
-    "accumulation_steps": 2,
-    "freeze": "stem",
-    "seed": 3,
-}
+EVERYTHING = {**RECIPE, "epochs": 2, "batch_size": 8}
 
 
 @pytest.fixture(autouse=True)
@@ -43,11 +26,6 @@ def float64_keras():
     keras.config.set_floatx("float64")
     yield
     keras.config.set_floatx("float32")
-
-
-def images(count=20):
-    draws = np.random.default_rng(0)
-    return ArrayImages(draws.standard_normal((count, 3, 32, 32)), draws.integers(0, 10, count))
 
 
 class Stop(Exception):
@@ -60,7 +38,7 @@ def train(half, config, recipe, *, stop_after=None, **options):
     model = auto.model_class(config.model_type).from_weights(
         config.replace(), probing_weights(config), dtype=options.pop("dtype", "float64")
     )
-    data = options.pop("data", None) or images()
+    data = options.pop("data", None) or random_images(20)
     teacher = options.pop("teacher", None)
     losses = []
 
@@ -125,7 +103,7 @@ def test_an_interrupted_training_goes_on_in_either_half(first, swiftformer_confi
 def test_dropping_is_drawn_anew_in_each_epoch_and_the_same_after_an_interruption(half, vit_msn_config, tmp_path):
     config = vit_msn_config.replace(hidden_dropout_prob=0.3)
     recipe = Recipe(epochs=3, batch_size=10, learning_rate=1e-12, warmup_epochs=0)
-    one = ArrayImages(np.repeat(images().images[:1], 20, axis=0), [3] * 20)  # whatever the order is
+    one = ArrayImages(np.repeat(random_images(20).images[:1], 20, axis=0), [3] * 20)  # whatever the order is
     _, losses, history = train(half, config, recipe, data=one)
     assert len(set(np.round(history["loss"], 6))) == 3  # other elements dropped, the same weights
     with pytest.raises(Stop):
@@ -163,7 +141,7 @@ def test_the_average_is_what_is_left_and_measured(half, vit_msn_config):
         model = auto.model_class("vit_msn").from_weights(
             vit_msn_config.replace(), probing_weights(vit_msn_config), dtype="float64"
         )
-        batches = TrainingBatches(images(), Recipe(**{**recipe.to_dict(), "ema": ema}), 10)
+        batches = TrainingBatches(random_images(20), Recipe(**{**recipe.to_dict(), "ema": ema}), 10)
         training.fine_tune(model, batches, on_epoch=keep)
     for key, average in states[1].averages.items():
         np.testing.assert_allclose(states[1].weights[key], states[0].weights[key], rtol=0, atol=1e-12)
@@ -208,7 +186,7 @@ def test_what_cannot_be_read_meanwhile_is_told_as_it_is(half, vit_msn_config):
 
     auto, training = HALVES[half]
     model = auto.model_class("vit_msn").from_weights(vit_msn_config.replace(), probing_weights(vit_msn_config))
-    data = images()
+    data = random_images(20)
     vanishing = Vanishing(data.images.astype(np.float32), data.labels)
     with pytest.raises(ValueError, match="^17.png cannot be read as an image: there is no such file$"):
         training.fine_tune(model, TrainingBatches(vanishing, Recipe(epochs=2, batch_size=4), 10))
