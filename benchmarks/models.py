@@ -11,7 +11,8 @@ ONNX Runtime runs the torch half's export, LiteRT the Keras half's. `folded` is 
 
 In every round each contender runs for a moment, and a matrix product too: medians over rounds treat all alike. Outputs
 are compared first, so that all do the same work, in float32. Percentages are of the matrix product's rate in the same
-rounds, with as many threads, and count useful work.
+rounds, with as many threads, and count useful work. Memory is what a process of its own holds at most while it runs a
+contender, less what it held before (`benchmarks.peak_memory`).
 """
 
 import argparse
@@ -31,6 +32,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.peak_memory import peak_memory
 from benchmarks.timing import MATRIX, alternate
 
 MODELS = ("swiftformer-xs", "swiftformer-l1", "vit-msn-small", "nat-mini", "dinat-mini")
@@ -40,11 +42,25 @@ PARTS = {
     "training": [{"batch": 16, "training": True}],
     "growth": [{"batch": 1, "size": 448}, {"batch": 1, "size": 896}],
 }
+# in the plot: ours green, others gray
+SHOWN = {
+    "torch": "#0b6e4f",
+    "torch compiled": "#0b6e4f",
+    "keras": "#6bbf8a",
+    "keras SavedModel": "#6bbf8a",
+    "transformers": "#8f8f8f",
+    "transformers compiled": "#8f8f8f",
+    "torch dense": "#8f8f8f",
+    "torch gather": "#8f8f8f",
+    "keras dense": "#b8b8b8",
+    "keras gather": "#b8b8b8",
+    "onnxruntime": "#6b6b6b",
+}
 AGREEMENT = 1e-3  # of the rms of the logits, or of the loss: none computes something else
 
 
-def measure(case, rounds: int, wanted, clock) -> dict:
-    """Returns sgemm's rate and, per contender, the median, least and most seconds, and percent of sgemm."""
+def measure(case, rounds: int, wanted, clock, memory: dict[str, int | None]) -> dict:
+    """Returns sgemm's rate and, per contender, median, least and most seconds, percent of sgemm, and bytes."""
     import numpy as np
     import torch
 
@@ -79,6 +95,7 @@ def measure(case, rounds: int, wanted, clock) -> dict:
             "most": max(times[name]),
             "percent": 100 * case.flops / medians[name] / sgemm,
             "preparation": preparation[name],
+            "bytes": memory.get(name),
         }
         for name in runs
     }
@@ -97,7 +114,7 @@ def measure(case, rounds: int, wanted, clock) -> dict:
 def show(console: Console, name: str, measured: dict) -> None:
     title = f"{name}: {measured['gflop']:.1f} GFLOP; sgemm {measured['sgemm_gflops']:.0f} GFLOP/s"
     table = Table(title=title, title_justify="left", box=None)
-    for column in ("contender", "ms", "least", "most", "% of sgemm", "/ torch", "/ keras", "first call, s"):
+    for column in ("contender", "ms", "least", "most", "% of sgemm", "/ torch", "/ keras", "MB", "first call, s"):
         table.add_column(column, justify="left" if column == "contender" else "right")
     results = measured["contenders"]
     for contender, result in sorted(results.items(), key=lambda item: item[1]["seconds"]):
@@ -107,7 +124,8 @@ def show(console: Console, name: str, measured: dict) -> None:
             for ours in ("torch", "keras")
         ]
         percent = "" if contender.endswith("alone") else f"{result['percent']:.0f}"
-        table.add_row(contender, *milliseconds, percent, *ratios, f"{result['preparation']:.0f}")
+        megabytes = "" if result["bytes"] is None else f"{result['bytes'] / 1e6:.0f}"
+        table.add_row(contender, *milliseconds, percent, *ratios, megabytes, f"{result['preparation']:.0f}")
     console.print(table)
     for contender, reason in measured["failed"].items():
         console.print(f"  without {contender}: {reason[:100]}", style="dim", markup=False)
@@ -129,13 +147,50 @@ def run_with(threads: int, arguments: argparse.Namespace) -> dict:
     console.print(f"{threads} thread(s), float32, medians of {arguments.rounds} rounds\n")
     clock = time.process_time if arguments.cpu_time else time.perf_counter
     report = {"threads": threads, "results": []}
-    for model in arguments.models:
-        for case in (ModelCase(model, **settings) for part in arguments.parts for settings in PARTS[part]):
-            torch.compiler.reset()
-            measured = measure(case, arguments.rounds, functools.partial(is_wanted, arguments), clock)
-            show(console, case.name, measured)
-            report["results"].append(measured)
+    settings = [(model, each) for model in arguments.models for part in arguments.parts for each in PARTS[part]]
+    memory = []
+    for model, options in settings if arguments.memory else ():  # before anything is computed here
+        contenders = ModelCase(model, **options).contenders()
+        memory.append({name: peak_memory(make) for name, make in contenders.items() if is_wanted(arguments, name)})
+    for number, (model, options) in enumerate(settings):
+        torch.compiler.reset()
+        case, of_case = ModelCase(model, **options), memory[number] if memory else {}
+        measured = measure(case, arguments.rounds, functools.partial(is_wanted, arguments), clock, of_case)
+        show(console, case.name, measured)
+        report["results"].append(measured)
     return report
+
+
+def plot(reports: list[dict], path: Path) -> None:
+    """Draws the time of each contender over that of our PyTorch half, for images of 224 px."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    results = [result for result in reports[0]["results"] if result["size"] == 224]
+    parts = {(result["batch"], result["training"]): None for result in results}
+    figure, axes = plt.subplots(1, len(parts), figsize=(5.2 * len(parts), 4.6), layout="constrained", squeeze=False)
+    for axis, (batch, training) in zip(axes[0], parts, strict=True):
+        ticks, row = [], 0
+        for result in (found for found in results if (found["batch"], found["training"]) == (batch, training)):
+            contenders, row = result["contenders"], row + 1
+            for name, color in SHOWN.items():
+                if name in contenders:
+                    times = contenders[name]["seconds"] / contenders["torch"]["seconds"]
+                    axis.barh(row, times, 0.8, color=color)
+                    axis.annotate(f"{times:.2f}", (times, row), (3, 0), textcoords="offset points", va="center", size=8)
+                    ticks.append((row, f"{name}" if name != "torch" else result["model"] + ", torch"))
+                    row += 1
+        axis.set_yticks([place for place, _ in ticks], [label for _, label in ticks], size=8)
+        axis.invert_yaxis()
+        axis.margins(x=0.12)
+        axis.set_title(f"{'training step' if training else 'inference'}, batch {batch}", size=10)
+        axis.set_xlabel("time, over that of our PyTorch half, eager")
+        axis.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def is_wanted(arguments: argparse.Namespace, contender: str) -> bool:
@@ -155,7 +210,9 @@ def main() -> None:
     parser.add_argument(
         "--cpu-time", action="store_true", help="time of the processor: with one thread, on a machine that others use"
     )
+    parser.add_argument("--memory", action="store_true", help="the peak memory of each contender, too")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures there too")
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw the times of 224 px there")
     arguments = parser.parse_args()
     reports = []
     if len(arguments.threads) == 1:
@@ -169,6 +226,8 @@ def main() -> None:
             reports += json.loads(path.read_text())
     if arguments.json:
         arguments.json.write_text(json.dumps(reports, indent=1))
+    if arguments.plot:
+        plot(reports, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,26 @@
 `python -m parity --help` shows the command line.
 """
 
-from parity.checking import DTYPES, check
+from typing import TYPE_CHECKING, Any
+
+from parity.choices import DTYPES, LEVELS
 from parity.errors import ComparisonError
-from parity.levels import LEVELS
-from parity.pairs import Comparison, compare
-from parity.report import ModelReport, Report, Row
+
+if TYPE_CHECKING:
+    from parity.checking import check
+    from parity.pairs import Comparison, compare
+    from parity.report import ModelReport, Report, Row
 
 __all__ = ["DTYPES", "LEVELS", "Comparison", "ComparisonError", "ModelReport", "Report", "Row", "check", "compare"]
+
+_MODULES = {"checking": ["check"], "pairs": ["Comparison", "compare"], "report": ["ModelReport", "Report", "Row"]}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what is asked for only then: the command line's help needs none of it."""
+    import importlib
+
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"parity.{module}"), name)
+    raise AttributeError(f"module 'parity' has no attribute {name!r}")

@@ -8,10 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from parity.checking import DEFAULT_LEVELS, DTYPES, check
+from parity.choices import DEFAULT_LEVELS, DTYPES, LEVELS
 from parity.errors import ComparisonError
-from parity.levels import LEVELS
-from parity.report import ModelReport
 
 PASSED, DIVERGED, NOT_COMPARED = 0, 1, 2
 
@@ -63,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from parity.checking import check
+    from parity.report import ModelReport
     from parity.reporting import print_model, print_opening, print_summary, write_json
 
     for option in ("json", "html", "junit"):

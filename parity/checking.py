@@ -16,6 +16,7 @@ from modelspec.checkpoints.checkpoint import digest_arrays
 from modelspec.configs import get_variant, list_models
 from parity import halves
 from parity.certificate import digest_config, write_certificate
+from parity.choices import DEFAULT_LEVELS, DTYPES, LEVELS, WIDE_LEVELS
 from parity.environment import describe_environment, exact_arithmetic, without_onednn
 from parity.errors import ComparisonError, naming_failures
 from parity.halves import Arrays, import_frameworks
@@ -30,16 +31,12 @@ from parity.layers import (
     record,
     worst_of,
 )
-from parity.levels import FORWARD_KINDS, FURTHER_LEVELS, LEVELS, Task, compare_recorded, forward_calls
+from parity.levels import FORWARD_KINDS, FURTHER_LEVELS, Task, compare_recorded, forward_calls
 from parity.photograph import Photograph, pixel_values, read_photograph
 from parity.recorded_runs import RecordedRun, read_run, require_same_weights, write_run
 from parity.report import ModelReport, Report, Row, WorstArray
 from parity.subjects import Subject, checkpoint_subject, drawn_subject
 from parity.variants import missing_halves, smallest_of_families, split_by_family
-
-DEFAULT_LEVELS = ("outputs", "layers")
-WIDE_LEVELS = ("outputs", "weights")  # of every variant, when all of them are asked for at all levels
-DTYPES = ("float64", "float32")
 
 OnStep = Callable[[int, int, str], None]
 OnModel = Callable[[ModelReport], None]

@@ -15,7 +15,6 @@ from parity.report import Row
 from parity.subjects import Subject
 from parity.taps import Tap
 
-LEVELS = ("outputs", "layers", "gradients", "training", "preprocessing", "weights", "op", "export")
 FORWARD_KINDS = ("logits", "loss", "hidden_states", "attentions")
 
 # Attention over n tokens is n x n numbers per head and layer: 12 heads over 3137 tokens are 900 MB in float64.

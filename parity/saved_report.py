@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-LEVELS = ("outputs", "layers", "gradients", "training", "preprocessing", "weights", "op", "export")
+from parity.choices import LEVELS
 
 # XML 1.0 allows no other characters, and UTF-8 no lone surrogates
 _NOT_ALLOWED = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
