@@ -33,10 +33,11 @@ def batch_statistics(x: torch.Tensor, share: BatchShare) -> tuple[torch.Tensor, 
         raise ValueError(f"batch normalization in training needs more than 1 value per channel, got {tuple(x.shape)}")
     with torch.no_grad():
         exact = x if x.dtype == torch.float64 else x.float()
-        own = torch.stack(torch.var_mean(exact, [0, *range(2, x.ndim)], correction=0))  # (2, C)
+        # in one thread up to thirty times as fast as `var_mean`, where channels lie next to each other
+        own = torch.stack(torch.batch_norm_update_stats(exact, None, None, 0.0))  # (2, C): means, biased variances
         everyones = [torch.empty_like(own) for _ in share.sizes]
         dist.all_gather(everyones, own)
-        variances, means = torch.stack(everyones, dim=1)  # (processes, C) each
+        means, variances = torch.stack(everyones, dim=1)  # (processes, C) each
         weights = means.new_tensor(share.sizes)[:, None] / share.total
         mean = (weights * means).sum(0)
         variance = (weights * (variances + (means - mean).square())).sum(0)
