@@ -16,8 +16,7 @@ import numpy as np
 from modelspec.agreement import BOUNDS, EXPORT_BOUND, QUANTIZED_BOUNDS, SAVED_MODEL_BOUND
 from modelspec.atomic_file import atomic_file
 from modelspec.exports import ExportReport, add_metadata, check_exportable, check_image_size, require_logits
-from modelspec.exports.photographs import photographs_as_pixels, read_photographs
-from modelspec.exports.verification import Arrays, compare_with_live, metadata_of, pixel_cases
+from modelspec.exports.verification import Arrays, compare_with_live, file_cases, metadata_of, pixel_cases
 from modelspec.feature_kinds import feature_kinds
 from modelspec.images import ImageProcessor
 from neighborhood import native as kernels
@@ -44,9 +43,9 @@ def export_saved_model(
     same dtype; `features` takes the same and returns `features` (B, C), the first of
     `modelspec.feature_kinds.feature_kinds`. ViT-MSN interpolates its positions to the size of the images.
 
-    `serving_bytes` takes `image_bytes` (B,), the bytes of JPEG, PNG, GIF or BMP files of any sizes, decodes and
-    preprocesses them as `image_processor` does, and returns `labels` and `scores` (B, top_k), the most probable first,
-    and `logits` (B, num_labels). All need TensorFlow alone:
+    `serving_bytes` takes `image_bytes` (B,), the bytes of JPEG, PNG, GIF or BMP files of any sizes (of one in a batch,
+    if `image_processor` does not resize), decodes and preprocesses them as it does, and returns `labels` and `scores`
+    (B, top_k), the most probable first, and `logits` (B, num_labels). All need TensorFlow alone:
 
         served = tf.saved_model.load(directory)
         logits = served.signatures["serving_default"](pixel_values=images)["logits"]
@@ -88,8 +87,8 @@ def export_saved_model(
     expected = {case: _live(model, pixels, case.split()[0]) for case, pixels in inputs.items()}
     inputs = {case: _laid_out(model, pixels) for case, pixels in inputs.items()}
     if image_processor is not None:
-        inputs["serving_bytes photographs"] = np.array(read_photographs())
-        expected["serving_bytes photographs"] = _live(model, photographs_as_pixels(model.config, image_processor))
+        for case, (files, pixels) in file_cases(model.config, image_processor).items():
+            inputs[f"serving_bytes {case}"], expected[f"serving_bytes {case}"] = files, _live(model, pixels)
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as temporary:
         written = Path(temporary) / "written"
         exported = folded(model) if fold_batch_norm else model

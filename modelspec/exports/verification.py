@@ -12,7 +12,7 @@ import numpy as np
 from modelspec.agreement import Agreement, compare, root_mean_square
 from modelspec.configs import ModelConfig
 from modelspec.exports.fresh_process import Arrays, outputs_of, run_jobs, write_job
-from modelspec.exports.photographs import photographs_as_pixels
+from modelspec.exports.photographs import default_size, photographs_as_pixels, read_photographs
 from modelspec.images import ImageProcessor
 
 
@@ -64,17 +64,45 @@ def pixel_cases(
     Args:
         config: of the model.
         image_processor: the model's, or that of a published variant of its family.
-        image_size: (height, width); that of the image processor by default.
+        image_size: (height, width); `modelspec.exports.photographs.default_size` by default.
         any_size: whether the artefact takes another size, too.
         smallest: side of the smallest image that it takes, in pixels.
     """
     pixels = photographs_as_pixels(config, image_processor, image_size)
     cases = {_name(pixels): pixels}
     if any_size:
-        height, width = (max(size, smallest) for size in (5 * pixels.shape[2] // 4 + 1, 3 * pixels.shape[3] // 4 + 1))
+        height, width = (max(size, smallest) for size in _other_size(*pixels.shape[2:]))
         other = photographs_as_pixels(config, image_processor, (height, width))[:1]
         cases[_name(other)] = other
     return cases
+
+
+def file_cases(config: ModelConfig, image_processor: ImageProcessor) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Returns the photographs as files (B,) of bytes, and as `pixel_values` (B, C, H, W) float32, by case.
+
+    They are as they are, of several sizes in one batch; to an image processor that does not resize, which wants one
+    size in a batch, they come resized and encoded again: in the size that the model is for, and one in another.
+
+    Args:
+        config: of the model.
+        image_processor: what makes pixels of files.
+    """
+    if image_processor.do_resize:
+        batches = {"photographs": read_photographs()}
+    else:
+        size = default_size(config, image_processor)
+        other = _other_size(*size)
+        batches = {
+            "4x{}x{}".format(*size): read_photographs(size),
+            "1x{}x{}".format(*other): read_photographs(other)[:1],
+        }
+    # to convert is the graph's nature, which decodes all files to RGB
+    options: dict[str, Any] = {"do_convert_rgb": True, "data_format": "channels_first"}
+    return {case: (np.array(files), image_processor(files, **options).pixel_values) for case, files in batches.items()}
+
+
+def _other_size(height: int, width: int) -> tuple[int, int]:
+    return 5 * height // 4 + 1, 3 * width // 4 + 1
 
 
 def _name(pixels: np.ndarray) -> str:

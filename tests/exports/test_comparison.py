@@ -19,6 +19,7 @@ from modelspec import ImageProcessor
 from modelspec.agreement import EXPORT_BOUND, QUANTIZED_BOUNDS, SAVED_MODEL_BOUND
 from modelspec.exports import ExportError, read_metadata
 from modelspec.exports.photographs import read_photographs
+from modelspec.exports.verification import pixel_cases
 from tfmodels import preprocessing
 from tfmodels.layers import get_activation
 
@@ -152,6 +153,22 @@ def test_the_difference_is_printed_and_kept(tmp_path, capsys):
     assert (set(litert.differences), set(program.differences)) == (
         {"4x32x32"},
         {"4x32x32", "1x41x32"} - {"1x41x32"} | {"1x41x25"},
+    )
+
+
+def test_what_comes_in_one_size_is_compared_in_one_size_at_a_time(tmp_path):
+    """Of a processor that does not resize, nor convert, photographs come in the model's size, then in another."""
+    model = tfmodels.load(GOLDEN / "vit_msn_tiny")
+    processor = ImageProcessor(size=48, do_resize=False, do_convert_rgb=False, image_mean=0.4)
+    report = tfmodels.export.export_saved_model(model, tmp_path / "saved", image_processor=processor)
+    assert {case for case in report.differences if case.startswith("serving_bytes")} >= {
+        "serving_bytes 4x32x32",
+        "serving_bytes 1x41x25",
+    }
+    sizes = pixel_cases(model.config, processor, None, any_size=True)  # of ONNX and programs, too
+    assert list(sizes) == ["4x32x32", "1x41x25"]
+    np.testing.assert_array_equal(
+        sizes["4x32x32"], ImageProcessor(size=32, image_mean=0.4)(read_photographs()).pixel_values
     )
 
 
