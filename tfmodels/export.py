@@ -24,6 +24,7 @@ from tfmodels.artefacts import write_litert, write_onnx, write_saved_model
 from tfmodels.features import compute_features
 from tfmodels.folding import fold_batch_norm as folded
 from tfmodels.pretrained import TFPreTrainedModel
+from tfmodels.serving import check_top_k
 
 
 def export_saved_model(
@@ -76,6 +77,7 @@ def export_saved_model(
     """
     directory = Path(directory)
     require_logits(model)
+    top_k = check_top_k(model, top_k)
     if directory.exists() and not _replaceable(directory):
         raise ValueError(f"{directory} holds files that are no SavedModel; give a new or empty folder")
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -95,8 +97,9 @@ def export_saved_model(
         write_saved_model(exported, written, image_processor=image_processor, top_k=top_k, native=native)
         library = kernels.TENSORFLOW_LIBRARY if native else None
         bound = _bound(model, SAVED_MODEL_BOUND)
+        options: dict[str, Any] = {"library": library, "config": model.config, "top_k": top_k}
         report = compare_with_live(
-            "saved_model", directory, "keras", inputs, expected, bound, artefact=written, library=library
+            "saved_model", directory, "keras", inputs, expected, bound, artefact=written, **options
         )
         add_metadata(written, "saved_model", _metadata(report, model, image_processor, native=native))
         if directory.exists():

@@ -34,9 +34,7 @@ def make_servable(
         ValueError: `top_k` is not among 1 to the number of labels.
     """
     config = model.config
-    top_k = min(_TOP_LABELS, config.num_labels) if top_k is None else top_k
-    if not 1 <= top_k <= config.num_labels:
-        raise ValueError(f"top_k is {top_k}; allowed are 1 to {config.num_labels}, the number of labels")
+    top_k = check_top_k(model, top_k)
     dtype = "float64" if model.variable_dtype == "float64" else "float32"
     own_size = model.takes_any_size or sizes[1:] == (config.image_size, config.image_size)
     options = {} if own_size else {"interpolate_pos_encoding": True}
@@ -65,11 +63,25 @@ def make_servable(
         @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="image_bytes")])
         def serve_bytes(image_bytes):
             logits = predict(tf.cast(read(image_bytes), dtype))[0]
-            scores, numbers = tf.math.top_k(_scores(logits, config.problem_type), top_k)
+            numbers = tf.math.top_k(logits, top_k).indices  # of the scores, some of which may be 1.0 or 0.0 alike
+            scores = tf.gather(_scores(logits, config.problem_type), numbers, batch_dims=1)
             return {"labels": tf.gather(tf.constant(labels), numbers), "scores": scores, OUTPUT: logits}
 
         signatures["serving_bytes"] = serve_bytes
     return module, signatures
+
+
+def check_top_k(model: TFPreTrainedModel, top_k: int | None) -> int:
+    """Returns how many labels `serving_bytes` gives for each image; five by default, or all if there are fewer.
+
+    Raises:
+        ValueError: it is not among 1 to the number of labels.
+    """
+    num_labels = model.config.num_labels
+    top_k = min(_TOP_LABELS, num_labels) if top_k is None else top_k
+    if not 1 <= top_k <= num_labels:
+        raise ValueError(f"top_k is {top_k}; allowed are 1 to {num_labels}, the number of labels")
+    return top_k
 
 
 def _reader(image_processor: ImageProcessor, model: TFPreTrainedModel) -> Callable:

@@ -102,6 +102,6 @@ def _reason(status: int, said: str, logged: str) -> str:
 
 
 def outputs_of(job: Mapping[str, Any]) -> Arrays:
-    """Returns what came of a job that was done, by case."""
+    """Returns what came of a job that was done, by case; see `modelspec.exports.run_artefact`."""
     with np.load(job["outputs"]) as outputs:
         return dict(outputs)

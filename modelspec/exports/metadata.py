@@ -48,7 +48,7 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
     """Returns what an exported artefact says of itself.
 
     Its `differences` are those from the live model, by signature and images, as parts of the rms of what the live model
-    gave, and `bound` is the largest that was allowed.
+    gave (of scores, from what the logits beside them say), and `bound` is the largest that was allowed.
 
     Args:
         path: a folder or a file that one of the `export_...` functions of either half wrote.

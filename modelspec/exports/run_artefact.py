@@ -4,7 +4,8 @@ Not imported but run, as a file: `python -P run_artefact.py JOBS`, JOBS being a 
 other: `kind` (a key of RUNS), `name` (for messages), `artefact` (a path), `absent` (packages that are hidden and that
 must not be there afterwards), `library` (of native operations, or null), `inputs` (an npz of images by case) and
 `outputs` (an npz of what came of them by case, to write). A case is called `SIGNATURE WORDS` or, of the only signature,
-anything without a space. What fails is the last line on standard output, and the exit status is 1.
+anything without a space. Of several outputs, the first has the case's name, others their own behind it. What fails is
+the last line on standard output, and the exit status is 1.
 """
 
 import importlib.machinery
@@ -15,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-Run = Callable[[np.ndarray, str], np.ndarray]
-# signature of a SavedModel -> its input and what is compared of its outputs
+Run = Callable[[np.ndarray, str], dict[str, np.ndarray]]
+# signature of a SavedModel -> its input and its outputs, all of which are compared
 SIGNATURES = {
-    "serving_default": ("pixel_values", "logits"),
-    "serving_bytes": ("image_bytes", "logits"),
-    "features": ("pixel_values", "features"),
+    "serving_default": ("pixel_values", ("logits",)),
+    "serving_bytes": ("image_bytes", ("logits", "scores", "labels")),
+    "features": ("pixel_values", ("features",)),
 }
 
 
@@ -29,9 +30,13 @@ def saved_model(path: str) -> Run:
 
     served = tf.saved_model.load(path)
 
-    def run(images: np.ndarray, signature: str) -> np.ndarray:
+    def run(images: np.ndarray, signature: str) -> dict[str, np.ndarray]:
         given, returned = SIGNATURES[signature or "serving_default"]
-        return served.signatures[signature or "serving_default"](**{given: tf.constant(images)})[returned].numpy()
+        answer = served.signatures[signature or "serving_default"](**{given: tf.constant(images)})
+        found = {name: answer[name].numpy() for name in returned}
+        if "labels" in found:  # bytes, as objects, which an npz cannot hold without pickling
+            found["labels"] = np.char.decode(found["labels"].astype(np.bytes_), "utf-8")
+        return found
 
     return run
 
@@ -44,10 +49,10 @@ def keras_file(path: str) -> Run:
     model = keras.models.load_model(path, safe_mode=True)
     size = model.config.to_dict().get("image_size")
 
-    def run(images: np.ndarray, _: str) -> np.ndarray:
+    def run(images: np.ndarray, _: str) -> dict[str, np.ndarray]:
         other = not model.takes_any_size and images.shape[2:] != (size, size)
         options = {"interpolate_pos_encoding": True} if other else {}
-        return np.asarray(model(images, training=False, **options)["logits"])
+        return {"logits": np.asarray(model(images, training=False, **options)["logits"])}
 
     return run
 
@@ -59,10 +64,10 @@ def program(path: str) -> Run:
     module = loaded.module()
     dtype = next(value.dtype for value in loaded.state_dict.values() if value.is_floating_point())
 
-    def run(images: np.ndarray, _: str) -> np.ndarray:
+    def run(images: np.ndarray, _: str) -> dict[str, np.ndarray]:
         with torch.no_grad():
             logits = module(pixel_values=torch.from_numpy(images).to(dtype))["logits"]
-        return logits.to(torch.promote_types(dtype, torch.float32)).numpy()
+        return {"logits": logits.to(torch.promote_types(dtype, torch.float32)).numpy()}
 
     return run
 
@@ -71,14 +76,14 @@ def onnx(path: str) -> Run:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return lambda images, _: session.run(["logits"], {"pixel_values": images})[0]
+    return lambda images, _: {"logits": session.run(["logits"], {"pixel_values": images})[0]}
 
 
 def litert(path: str) -> Run:
     from ai_edge_litert.interpreter import Interpreter
 
     runner = Interpreter(path).get_signature_runner("serving_default")
-    return lambda images, _: np.concatenate([runner(pixel_values=image[None])["logits"] for image in images])
+    return lambda images, _: {"logits": np.concatenate([runner(pixel_values=i[None])["logits"] for i in images])}
 
 
 RUNS = {"saved_model": saved_model, "keras_file": keras_file, "program": program, "onnx": onnx, "litert": litert}
@@ -108,8 +113,11 @@ def do(job: dict) -> None:
 
             tf.load_op_library(job["library"])
         run = RUNS[job["kind"]](job["artefact"])
+        outputs: dict[str, np.ndarray] = {}
         with np.load(job["inputs"]) as images:
-            outputs = {case: run(images[case], case.rpartition(" ")[0]) for case in images}
+            for case in images:
+                first, *others = run(images[case], case.rpartition(" ")[0]).items()
+                outputs |= {case: first[1], **{f"{case} {name}": array for name, array in others}}
     finally:
         sys.meta_path[:] = finders
     present = absent & {name.partition(".")[0] for name in sys.modules}

@@ -13,6 +13,7 @@ from modelspec.agreement import Agreement, compare, root_mean_square
 from modelspec.configs import ModelConfig
 from modelspec.exports.fresh_process import Arrays, outputs_of, run_jobs, write_job
 from modelspec.exports.photographs import default_size, photographs_as_pixels, read_photographs
+from modelspec.exports.served_labels import compare_labels_and_scores
 from modelspec.images import ImageProcessor
 
 
@@ -119,6 +120,8 @@ def compare_with_live(
     *,
     artefact: str | os.PathLike,
     library: Path | None = None,
+    config: ModelConfig | None = None,
+    top_k: int = 0,
 ) -> ExportReport:
     """Runs an artefact in a fresh process and compares what it gives with what the live model gave.
 
@@ -131,6 +134,8 @@ def compare_with_live(
         bound: the largest difference that is allowed, as a part of the rms.
         artefact: where it is now.
         library: of native operations that it needs.
+        config: of the live model, if the artefact serves labels.
+        top_k: how many.
 
     Raises:
         ExportError: it differs by more, or does not run.
@@ -143,8 +148,23 @@ def compare_with_live(
             raise ExportError(f"the {kind} of {half} does not run, and nothing was written: {error}") from error
         actual = outputs_of(job)
     found = {case: compare(actual[case], expected[case], root_mean_square(expected[case]), bound) for case in inputs}
+    if config is not None:
+        found |= {
+            f"{case} {output}": row
+            for case in inputs
+            if case.startswith("serving_bytes ") and found[case].passed
+            for output, row in _labels_and_scores(actual, case, config, top_k, bound).items()
+        }
     _refuse(kind, half, found)
-    return ExportReport(os.fspath(path), kind, half, {case: row.max_rel for case, row in found.items()}, bound)
+    differences = {case: row.max_rel for case, row in found.items() if not case.endswith(" labels")}  # all or nothing
+    return ExportReport(os.fspath(path), kind, half, differences, bound)
+
+
+def _labels_and_scores(
+    actual: Arrays, case: str, config: ModelConfig, top_k: int, bound: float
+) -> dict[str, Agreement]:
+    labels, scores = actual[f"{case} labels"], actual[f"{case} scores"]
+    return compare_labels_and_scores(labels, scores, actual[case], config, top_k, bound)
 
 
 def _refuse(kind: str, half: str, found: Mapping[str, Agreement]) -> None:

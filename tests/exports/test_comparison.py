@@ -15,10 +15,11 @@ import ptmodels
 import ptmodels.export
 import tfmodels
 import tfmodels.export
-from modelspec import ImageProcessor
+from modelspec import ImageProcessor, ViTMSNConfig
 from modelspec.agreement import EXPORT_BOUND, QUANTIZED_BOUNDS, SAVED_MODEL_BOUND
 from modelspec.exports import ExportError, read_metadata
 from modelspec.exports.photographs import read_photographs
+from modelspec.exports.served_labels import compare_labels_and_scores
 from modelspec.exports.verification import pixel_cases
 from tfmodels import preprocessing
 from tfmodels.layers import get_activation
@@ -67,6 +68,26 @@ def tanh_gelu(monkeypatch, model):
     yield
 
 
+@contextlib.contextmanager
+def permuted_labels(monkeypatch, model):
+    write = tfmodels.export.write_saved_model
+
+    def write_another(model, *args, **options):
+        right = model.config.id2label
+        model.config.id2label = {number: right[(number + 1) % len(right)] for number in right}
+        write(model, *args, **options)
+        model.config.id2label = right
+
+    monkeypatch.setattr(tfmodels.export, "write_saved_model", write_another)
+    yield
+
+
+@contextlib.contextmanager
+def sigmoid_for_softmax(monkeypatch, model):
+    monkeypatch.setattr("tfmodels.serving._scores", lambda logits, _: tf.sigmoid(logits))
+    yield
+
+
 @pytest.mark.parametrize(
     ("bug", "signatures"),
     [
@@ -92,6 +113,48 @@ def test_a_bug_on_the_way_out_fails_with_its_figure_and_the_bound(bug, signature
     assert all(figure > SAVED_MODEL_BOUND for figure in figures)
     assert [path.name for path in tmp_path.rglob("*")] == ["saved", "saved_model.pb"]
     assert (tmp_path / "saved" / "saved_model.pb").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize(
+    ("bug", "said"),
+    [
+        (permuted_labels, r"labels: 20 of 20 are others, the first class \d instead of class \d \(bound 1e-05\)"),
+        pytest.param(sigmoid_for_softmax, r"scores: .*e[-+]0\d of the rms \(bound 1e-05\)", marks=pytest.mark.slow),
+    ],
+)
+def test_wrong_labels_or_scores_of_right_logits_are_found(bug, said, monkeypatch, tmp_path):
+    model = tfmodels.load(GOLDEN / "vit_msn_tiny")
+    with (
+        bug(monkeypatch, model),
+        pytest.raises(ExportError, match=f"nothing was written: serving_bytes photographs {said}$"),
+    ):
+        tfmodels.export.export_saved_model(model, tmp_path / "saved", image_processor=PROCESSOR)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "scores_of"),
+    [
+        (None, lambda logits: np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)),
+        ("multi_label_classification", lambda logits: 1 / (1 + np.exp(-logits))),
+        ("regression", lambda logits: logits),
+    ],
+)
+def test_labels_and_scores_are_those_of_the_logits(problem_type, scores_of):
+    config = ViTMSNConfig(num_labels=4, problem_type=problem_type, id2label=dict(enumerate("abcd")))
+    logits = np.float32([[1, 3, 1, -2], [0, -1, 2, 0.5]])
+    labels = np.array([["b", "a", "c"], ["c", "d", "a"]])  # of equals the first
+    scores = -np.sort(-scores_of(logits.astype(np.float64)))[:, :3]
+
+    def failed(labels, scores, top_k=3):
+        rows = compare_labels_and_scores(labels, scores.astype(np.float32), logits, config, top_k, 1e-5)
+        return {name: row.reason for name, row in rows.items() if not row.passed}
+
+    assert failed(labels, scores) == {}
+    assert list(failed(labels, scores + [[0, 0, 1e-3]])) == ["scores"]
+    swapped = labels[:, [1, 0, 2]]
+    assert failed(swapped, scores) == {"labels": "4 of 6 are others, the first a instead of b"}
+    assert list(failed(labels, scores, top_k=2)) == ["scores", "labels"]
 
 
 def changed_weight(path: Path) -> None:
@@ -148,7 +211,7 @@ def test_the_difference_is_printed_and_kept(tmp_path, capsys):
     assert saved.bound == SAVED_MODEL_BOUND
     assert set(saved.differences) == {
         *("serving_default 4x32x32", "serving_default 1x41x25", "features 4x32x32", "features 1x41x25"),
-        "serving_bytes photographs",
+        *("serving_bytes photographs", "serving_bytes photographs scores"),
     }
     assert (set(litert.differences), set(program.differences)) == (
         {"4x32x32"},
@@ -161,9 +224,9 @@ def test_what_comes_in_one_size_is_compared_in_one_size_at_a_time(tmp_path):
     model = tfmodels.load(GOLDEN / "vit_msn_tiny")
     processor = ImageProcessor(size=48, do_resize=False, do_convert_rgb=False, image_mean=0.4)
     report = tfmodels.export.export_saved_model(model, tmp_path / "saved", image_processor=processor)
-    assert {case for case in report.differences if case.startswith("serving_bytes")} >= {
-        "serving_bytes 4x32x32",
-        "serving_bytes 1x41x25",
+    assert {case for case in report.differences if case.startswith("serving_bytes")} == {
+        *("serving_bytes 4x32x32", "serving_bytes 4x32x32 scores"),
+        *("serving_bytes 1x41x25", "serving_bytes 1x41x25 scores"),
     }
     sizes = pixel_cases(model.config, processor, None, any_size=True)  # of ONNX and programs, too
     assert list(sizes) == ["4x32x32", "1x41x25"]

@@ -16,6 +16,7 @@ from modelspec import ImageProcessor
 from modelspec.exports.photographs import read_photographs
 from tfmodels.export import export_saved_model
 from tfmodels.features import extract_features
+from tfmodels.serving import make_servable
 
 pytestmark = pytest.mark.usefixtures("uncompared")
 
@@ -143,6 +144,17 @@ def test_scores_of_several_labels_are_independent(served):
     live = np.asarray(model(processor(read_photographs()).pixel_values).logits)
     expected = -np.sort(-1 / (1 + np.exp(-live)), axis=-1)[:, :5]  # five by default
     np.testing.assert_allclose(found["scores"], expected, rtol=1e-5)
+
+
+def test_labels_are_in_the_order_of_logits_where_scores_are_all_one():
+    model = tfmodels.load(GOLDEN / "vit_msn_tiny")
+    model.config.problem_type = "multi_label_classification"
+    model.classifier.bias.assign(np.float32([30, 10, 50, 20, -40, -60, -50]))
+    _, signatures = make_servable(model, image_processor=ImageProcessor(size=32), top_k=7)
+    answer = signatures["serving_bytes"](tf.constant(read_photographs()[:1]))
+    order = [2, 0, 3, 1, 4, 6, 5]
+    assert [label.decode() for label in answer["labels"].numpy()[0]] == [model.config.id2label[n] for n in order]
+    assert len(set(answer["scores"].numpy()[0].tolist())) < 7  # some cannot be told from one
 
 
 @pytest.mark.parametrize("broken", [b"", b"no image", read_photographs()[0][:2000], read_photographs()[2][:100]])
