@@ -15,7 +15,7 @@ import torch
 from modelspec.agreement import BOUNDS, EXPORT_BOUND
 from modelspec.atomic_file import atomic_file
 from modelspec.exports import ExportReport, add_metadata, check_exportable, check_image_size
-from modelspec.exports.verification import compare_with_live, metadata_of, pixel_cases
+from modelspec.exports.verification import Arrays, compare_with_live, metadata_of, pixel_cases
 from modelspec.images import ImageProcessor
 from ptmodels.artefacts import interpolates, save_program, smallest_image, write_onnx, write_program
 from ptmodels.folding import fold_batch_norm as folded
@@ -67,7 +67,7 @@ def export_program(
     size = check_image_size(image_size)
     with atomic_file(path) as temporary:
         program = write_program(folded(model) if fold_batch_norm else model, temporary, size)
-        report = _compare("program", path, model, size, image_processor, temporary)
+        report = _compare("program", path, model, _cases(model, size, image_processor), temporary)
         save_program(program, temporary, _metadata(report, model, image_processor))
     return _told(report, verbose)
 
@@ -108,22 +108,17 @@ def export_onnx(
     size = check_image_size(image_size)
     with atomic_file(path) as temporary:
         write_onnx(folded(model) if fold_batch_norm else model, temporary, size)
-        report = _compare("onnx", path, model, size, image_processor, temporary)
+        report = _compare("onnx", path, model, _cases(model, size, image_processor), temporary)
         add_metadata(temporary, "onnx", _metadata(report, model, image_processor))
     return _told(report, verbose)
 
 
-def _compare(
-    kind: str,
-    path: str | os.PathLike,
-    model: PreTrainedModel,
-    size: tuple[int, int] | None,
-    image_processor: ImageProcessor | None,
-    artefact: Path,
-) -> ExportReport:
-    cases = pixel_cases(
-        model.config, image_processor, size, any_size=size is None, smallest=smallest_image(model.config)
-    )
+def _cases(model: PreTrainedModel, size: tuple[int, int] | None, image_processor: ImageProcessor | None) -> Arrays:
+    smallest = smallest_image(model.config)
+    return pixel_cases(model.config, image_processor, size, any_size=size is None, smallest=smallest)
+
+
+def _compare(kind: str, path: str | os.PathLike, model: PreTrainedModel, cases: Arrays, artefact: Path) -> ExportReport:
     expected = {case: _live(model, pixels) for case, pixels in cases.items()}
     bound = EXPORT_BOUND if model.dtype == torch.float32 else BOUNDS[str(model.dtype).removeprefix("torch.")]
     return compare_with_live(kind, path, "torch", cases, expected, bound, artefact=artefact)

@@ -144,7 +144,8 @@ def export_onnx(
     size = check_image_size(image_size)
     with atomic_file(path) as temporary:
         write_onnx(folded(model) if fold_batch_norm else model, temporary, size)
-        report = _compare("onnx", path, model, size, image_processor, temporary)
+        cases = pixel_cases(model.config, image_processor, size, any_size=size is None)
+        report = _compare("onnx", path, model, cases, temporary)
         add_metadata(temporary, "onnx", _metadata(report, model, image_processor))
     return _told(report, verbose)
 
@@ -165,6 +166,10 @@ def export_litert(
         runner = ai_edge_litert.interpreter.Interpreter(path).get_signature_runner("serving_default")
         logits = runner(pixel_values=image)["logits"]
 
+    What is to be quantized is first converted and compared in float32, since the bounds of fewer bits would hide a
+    graph that is wrong. The metadata tell those differences under `float32`, and how far an int8 file is from the live
+    model on the photographs, where it may be as far as it likes, under `unbounded_differences`.
+
     Args:
         model: a model with a classification head, in float32.
         path: the file, usually `*.tflite`; it is replaced when the new one is whole.
@@ -183,7 +188,7 @@ def export_litert(
 
     Raises:
         ExportError: it is further than its bound, as a part of the rms: 2e-5, of float16 3e-2, of int8 3e-1, this on
-            the calibration images.
+            the calibration images; or it was further than 2e-5 before it was quantized.
         ValueError: the model has no classification head, or a bad argument.
         ImportError: ai-edge-litert is not installed.
     """
@@ -198,14 +203,25 @@ def export_litert(
     calibration = _calibration(model, quantization, calibration_images, image_processor, size)
     with atomic_file(path) as temporary:
         exported = folded(model) if fold_batch_norm else model
+        photographs = pixel_cases(model.config, image_processor, size, any_size=False)
+        more: dict[str, Any] = {"quantization": quantization}
+        bound, cases = EXPORT_BOUND, photographs
+        unbounded: tuple[str, ...] = ()
+        if quantization is not None:
+            write_litert(exported, temporary, size)
+            cases = {f"float32 {case}": pixels for case, pixels in photographs.items()}
+            whole = _compare("litert", path, model, cases, temporary)
+            more["float32"] = {"differences": whole.differences, "bound": whole.bound}
+            bound, cases = QUANTIZED_BOUNDS[quantization], photographs
+        if calibration is not None:  # of other images, 8 bits promise nothing
+            cases = {f"calibration {len(calibration)}x{size[0]}x{size[1]}": calibration, **photographs}
+            unbounded = tuple(photographs)
         laid_out = None if calibration is None else _laid_out(model, calibration)
         write_litert(exported, temporary, size, quantization=quantization, calibration=laid_out)
-        cases = None
-        if calibration is not None:  # of other images, 8 bits promise nothing
-            cases = {f"calibration {len(calibration)}x{size[0]}x{size[1]}": calibration}
-        bound = EXPORT_BOUND if quantization is None else QUANTIZED_BOUNDS[quantization]
-        report = _compare("litert", path, model, size, image_processor, temporary, bound, cases)
-        add_metadata(temporary, "litert", _metadata(report, model, image_processor, quantization=quantization))
+        report = _compare("litert", path, model, cases, temporary, bound, unbounded)
+        if unbounded:
+            more["unbounded_differences"] = report.unbounded
+        add_metadata(temporary, "litert", _metadata(report, model, image_processor, **more))
     return _told(report, verbose)
 
 
@@ -258,17 +274,14 @@ def _compare(
     kind: str,
     path: str | os.PathLike,
     model: TFPreTrainedModel,
-    size: tuple[int, int] | None,
-    image_processor: ImageProcessor | None,
+    cases: Arrays,
     artefact: Path,
     bound: float = EXPORT_BOUND,
-    cases: Arrays | None = None,
+    unbounded: Sequence[str] = (),
 ) -> ExportReport:
-    if cases is None:
-        cases = pixel_cases(model.config, image_processor, size, any_size=size is None)
     expected = {case: _live(model, pixels) for case, pixels in cases.items()}
     inputs = {case: _laid_out(model, pixels) for case, pixels in cases.items()}
-    return compare_with_live(kind, path, "keras", inputs, expected, bound, artefact=artefact)
+    return compare_with_live(kind, path, "keras", inputs, expected, bound, artefact=artefact, unbounded=unbounded)
 
 
 def _metadata(

@@ -49,6 +49,8 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
 
     Its `differences` are those from the live model, by signature and images, as parts of the rms of what the live model
     gave (of scores, from what the logits beside them say), and `bound` is the largest that was allowed.
+    What was quantized has those from before under `float32`, and int8 those on photographs, which no bound holds, under
+    `unbounded_differences`.
 
     Args:
         path: a folder or a file that one of the `export_...` functions of either half wrote.

@@ -1,9 +1,10 @@
 """An export is compared with the live model, in a fresh process, before it is handed over."""
 
 import dataclasses
+import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class ExportReport:
         differences: case (a signature, if there are several, and the images) -> largest difference, as a part of the
             rms of what the live model gave.
         bound: the largest that was allowed.
+        unbounded: the same as `differences`, of cases in which any was allowed.
     """
 
     path: str
@@ -39,10 +41,11 @@ class ExportReport:
     half: str
     differences: dict[str, float]
     bound: float
+    unbounded: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def largest(self) -> float:
-        """The largest difference."""
+        """The largest of `differences`."""
         return max(self.differences.values())
 
     def __str__(self) -> str:
@@ -120,6 +123,7 @@ def compare_with_live(
     *,
     artefact: str | os.PathLike,
     library: Path | None = None,
+    unbounded: Collection[str] = (),
     config: ModelConfig | None = None,
     top_k: int = 0,
 ) -> ExportReport:
@@ -134,6 +138,7 @@ def compare_with_live(
         bound: the largest difference that is allowed, as a part of the rms.
         artefact: where it is now.
         library: of native operations that it needs.
+        unbounded: cases in which any finite difference is allowed, and is told.
         config: of the live model, if the artefact serves labels.
         top_k: how many.
 
@@ -147,7 +152,10 @@ def compare_with_live(
         except RuntimeError as error:
             raise ExportError(f"the {kind} of {half} does not run, and nothing was written: {error}") from error
         actual = outputs_of(job)
-    found = {case: compare(actual[case], expected[case], root_mean_square(expected[case]), bound) for case in inputs}
+    bounds = {case: math.inf if case in unbounded else bound for case in inputs}
+    found = {
+        case: compare(actual[case], expected[case], root_mean_square(expected[case]), bounds[case]) for case in inputs
+    }
     if config is not None:
         found |= {
             f"{case} {output}": row
@@ -155,9 +163,10 @@ def compare_with_live(
             if case.startswith("serving_bytes ") and found[case].passed
             for output, row in _labels_and_scores(actual, case, config, top_k, bound).items()
         }
-    _refuse(kind, half, found)
+    _refuse(kind, half, found, bound)
+    told = {case: found.pop(case).max_rel for case in unbounded}
     differences = {case: row.max_rel for case, row in found.items() if not case.endswith(" labels")}  # all or nothing
-    return ExportReport(os.fspath(path), kind, half, differences, bound)
+    return ExportReport(os.fspath(path), kind, half, differences, bound, told)
 
 
 def _labels_and_scores(
@@ -167,11 +176,10 @@ def _labels_and_scores(
     return compare_labels_and_scores(labels, scores, actual[case], config, top_k, bound)
 
 
-def _refuse(kind: str, half: str, found: Mapping[str, Agreement]) -> None:
+def _refuse(kind: str, half: str, found: Mapping[str, Agreement], bound: float) -> None:
     failed = {case: row for case, row in found.items() if not row.passed}
     if failed:
         told = "; ".join(f"{case}: {row.reason or f'{row.max_rel:.1e} of the rms'}" for case, row in failed.items())
-        bound = next(iter(failed.values())).tolerance
         raise ExportError(
             f"the {kind} of {half} differs from the live model, and nothing was written: {told} (bound {bound:.0e})"
         )

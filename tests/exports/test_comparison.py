@@ -262,7 +262,13 @@ def test_eight_bits_are_near(name, tmp_path):
     assert EXPORT_BOUND < report.largest <= QUANTIZED_BOUNDS["int8"] == report.bound
     half = tfmodels.export.export_litert(model, whole, image_processor=PROCESSOR, quantization="float16")
     assert EXPORT_BOUND < half.largest <= QUANTIZED_BOUNDS["float16"] == half.bound
-    assert read_metadata(eight)["quantization"] == "int8"
+    told, half_told = read_metadata(eight), read_metadata(whole)
+    assert told["quantization"] == "int8" and half_told["quantization"] == "float16"
+    for entry in (told, half_told):  # before they were quantized
+        assert entry["float32"]["differences"]["float32 4x32x32"] <= entry["float32"]["bound"] == EXPORT_BOUND
+    assert told["unbounded_differences"] == report.unbounded and list(report.unbounded) == ["4x32x32"]
+    assert half.unbounded == {} and "unbounded_differences" not in half_told
+    assert EXPORT_BOUND < report.unbounded["4x32x32"] < 1
     assert eight.stat().st_size < whole.stat().st_size
 
 
