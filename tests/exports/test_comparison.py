@@ -21,6 +21,7 @@ from modelspec.exports import ExportError, read_metadata
 from modelspec.exports.photographs import read_photographs
 from modelspec.exports.served_labels import compare_labels_and_scores
 from modelspec.exports.verification import pixel_cases
+from ptmodels.layers import ACTIVATIONS
 from tfmodels import preprocessing
 from tfmodels.layers import get_activation
 
@@ -52,19 +53,22 @@ def wrong_mean(monkeypatch, model):
 
 
 @contextlib.contextmanager
-def tanh_gelu(monkeypatch, model):
-    write = tfmodels.export.write_saved_model
+def tanh_gelu(monkeypatch, model, writer="write_saved_model"):
+    export = tfmodels.export if isinstance(model, keras.Model) else ptmodels.export
+    write = getattr(export, writer)
 
     def write_another(model, *args, **options):
-        layers = [layer for layer in model._flatten_layers() if hasattr(layer, "act")]
+        layers = model._flatten_layers() if export is tfmodels.export else model.modules()
+        layers = [layer for layer in layers if hasattr(layer, "act")]
         right = [layer.act for layer in layers]
         for layer in layers:
-            layer.act = get_activation("gelu_new")
-        write(model, *args, **options)
+            layer.act = get_activation("gelu_new") if export is tfmodels.export else ACTIVATIONS["gelu_new"]
+        written = write(model, *args, **options)
         for layer, act in zip(layers, right, strict=True):
             layer.act = act
+        return written
 
-    monkeypatch.setattr(tfmodels.export, "write_saved_model", write_another)
+    monkeypatch.setattr(export, writer, write_another)
     yield
 
 
@@ -92,7 +96,7 @@ def sigmoid_for_softmax(monkeypatch, model):
     ("bug", "signatures"),
     [
         (antialias_off, {"serving_bytes"}),
-        pytest.param(wrong_mean, {"serving_bytes"}, marks=pytest.mark.slow),
+        (wrong_mean, {"serving_bytes"}),
         (tanh_gelu, {"serving_default", "features", "serving_bytes"}),
     ],
 )
@@ -155,6 +159,35 @@ def test_labels_and_scores_are_those_of_the_logits(problem_type, scores_of):
     swapped = labels[:, [1, 0, 2]]
     assert failed(swapped, scores) == {"labels": "4 of 6 are others, the first a instead of b"}
     assert list(failed(labels, scores, top_k=2)) == ["scores", "labels"]
+
+
+@pytest.mark.parametrize(
+    ("package", "kind", "options"),
+    [
+        (ptmodels, "program", {}),
+        pytest.param(ptmodels, "onnx", {}, marks=pytest.mark.slow),
+        (tfmodels, "onnx", {}),
+        pytest.param(tfmodels, "litert", {}, marks=pytest.mark.slow),
+        pytest.param(tfmodels, "litert", {"quantization": "float16"}, marks=pytest.mark.slow),
+        (tfmodels, "litert", {"quantization": "int8", "calibration_images": read_photographs()}),
+    ],
+)
+def test_a_gelu_of_another_form_is_found_in_every_format(package, kind, options, monkeypatch, tmp_path):
+    """Before what is quantized is quantized: 8 bits, and 16, are further away than that."""
+    model, case = package.load(GOLDEN / "vit_msn_tiny"), "float32 4x32x32" if options else "4x32x32"
+    half = "torch" if package is ptmodels else "keras"
+    with (
+        tanh_gelu(monkeypatch, model, f"write_{kind}"),
+        pytest.raises(
+            ExportError, match=f"the {kind} of {half} differs .*nothing was written: {case}: .*bound 2e-05"
+        ) as caught,
+    ):
+        getattr(package.export, f"export_{kind}")(
+            model, tmp_path / "model", image_size=32, image_processor=PROCESSOR, **options
+        )
+    figure = float(str(caught.value).split(f"{case}: ")[1].split()[0])
+    assert EXPORT_BOUND < figure < min(QUANTIZED_BOUNDS.values())
+    assert not list(tmp_path.iterdir())
 
 
 def changed_weight(path: Path) -> None:
