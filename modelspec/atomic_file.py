@@ -29,6 +29,21 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike) -> Iterator[None]:
+    """Makes a folder and those that it is in; on failure, removes those that it made, unless they hold something."""
+    path = Path(path)
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]  # the innermost first
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in missing:
+            with contextlib.suppress(OSError):  # it is not empty, or was never made
+                folder.rmdir()
+        raise
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes `text` (UTF-8) to `path` atomically."""
     with atomic_file(path) as temporary:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from modelspec.agreement import BOUNDS, EXPORT_BOUND
-from modelspec.atomic_file import atomic_file
+from modelspec.atomic_file import atomic_file, new_folder
 from modelspec.exports import ExportReport, add_metadata, check_exportable, check_image_size
 from modelspec.exports.verification import Arrays, compare_with_live, metadata_of, pixel_cases
 from modelspec.images import ImageProcessor
@@ -65,7 +65,7 @@ def export_program(
     """
     check_exportable(model, path)
     size = check_image_size(image_size)
-    with atomic_file(path) as temporary:
+    with new_folder(Path(path).parent), atomic_file(path) as temporary:
         program = write_program(folded(model) if fold_batch_norm else model, temporary, size)
         report = _compare("program", path, model, _cases(model, size, image_processor), temporary)
         save_program(program, temporary, _metadata(report, model, image_processor))
@@ -106,7 +106,7 @@ def export_onnx(
     """
     check_exportable(model, path, "onnx", "onnxruntime", "onnxscript", dtypes=("float32",))
     size = check_image_size(image_size)
-    with atomic_file(path) as temporary:
+    with new_folder(Path(path).parent), atomic_file(path) as temporary:
         write_onnx(folded(model) if fold_batch_norm else model, temporary, size)
         report = _compare("onnx", path, model, _cases(model, size, image_processor), temporary)
         add_metadata(temporary, "onnx", _metadata(report, model, image_processor))

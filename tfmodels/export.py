@@ -14,7 +14,7 @@ import keras
 import numpy as np
 
 from modelspec.agreement import BOUNDS, EXPORT_BOUND, QUANTIZED_BOUNDS, SAVED_MODEL_BOUND
-from modelspec.atomic_file import atomic_file
+from modelspec.atomic_file import atomic_file, new_folder
 from modelspec.exports import ExportReport, add_metadata, check_exportable, check_image_size, require_logits
 from modelspec.exports.verification import Arrays, compare_with_live, file_cases, metadata_of, pixel_cases
 from modelspec.feature_kinds import feature_kinds
@@ -80,7 +80,6 @@ def export_saved_model(
     top_k = check_top_k(model, top_k)
     if directory.exists() and not _replaceable(directory):
         raise ValueError(f"{directory} holds files that are no SavedModel; give a new or empty folder")
-    directory.parent.mkdir(parents=True, exist_ok=True)
     inputs = {
         f"{signature} {case}": pixels
         for signature in ("serving_default", "features")
@@ -91,7 +90,10 @@ def export_saved_model(
     if image_processor is not None:
         for case, (files, pixels) in file_cases(model.config, image_processor).items():
             inputs[f"serving_bytes {case}"], expected[f"serving_bytes {case}"] = files, _live(model, pixels)
-    with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as temporary:
+    with (
+        new_folder(directory.parent),
+        tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as temporary,
+    ):
         written = Path(temporary) / "written"
         exported = folded(model) if fold_batch_norm else model
         write_saved_model(exported, written, image_processor=image_processor, top_k=top_k, native=native)
@@ -142,7 +144,7 @@ def export_onnx(
     """
     check_exportable(model, path, "onnx", "onnxruntime", "tf2onnx", dtypes=("float32",))
     size = check_image_size(image_size)
-    with atomic_file(path) as temporary:
+    with new_folder(Path(path).parent), atomic_file(path) as temporary:
         write_onnx(folded(model) if fold_batch_norm else model, temporary, size)
         cases = pixel_cases(model.config, image_processor, size, any_size=size is None)
         report = _compare("onnx", path, model, cases, temporary)
@@ -201,7 +203,7 @@ def export_litert(
     if size is None:
         raise ValueError("image_size is None; LiteRT needs one size, as a number or as (height, width)")
     calibration = _calibration(model, quantization, calibration_images, image_processor, size)
-    with atomic_file(path) as temporary:
+    with new_folder(Path(path).parent), atomic_file(path) as temporary:
         exported = folded(model) if fold_batch_norm else model
         photographs = pixel_cases(model.config, image_processor, size, any_size=False)
         more: dict[str, Any] = {"quantization": quantization}

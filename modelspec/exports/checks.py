@@ -11,7 +11,7 @@ INPUT, OUTPUT = "pixel_values", "logits"  # of every artefact
 
 
 def check_exportable(model: Any, path: str | os.PathLike, *packages: str, dtypes: Sequence[str] = ()) -> None:
-    """Refuses what cannot be exported, before any work; makes the folder of the file.
+    """Refuses what cannot be exported, before any work.
 
     Args:
         model: of either half.
@@ -33,7 +33,6 @@ def check_exportable(model: Any, path: str | os.PathLike, *packages: str, dtypes
     missing = missing_packages(*packages)
     if missing:
         raise ImportError(f"this export needs {' and '.join(missing)}: pip install 'twinzoo[export]'")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
 
 
 def require_logits(model: Any) -> None:

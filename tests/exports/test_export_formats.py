@@ -17,6 +17,7 @@ import tfmodels
 import tfmodels.export
 from modelspec import DinatConfig
 from modelspec.checkpoints import probing_weights
+from modelspec.exports import ExportError
 from neighborhood.choice import prefer
 from ptmodels.artefacts import make_program
 
@@ -196,6 +197,25 @@ def test_an_export_that_fails_leaves_the_old_file(export, tmp_path, monkeypatch)
         export(path, image_size=32)
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_export_that_fails_leaves_no_folder_that_it_made(export, tmp_path, monkeypatch):
+    """Neither where writing or comparing fails, nor where an argument is refused; what others made stays."""
+
+    def differ(*args, **kwargs):
+        raise ExportError("differs")
+
+    for name in ("ptmodels.export", "tfmodels.export"):
+        monkeypatch.setattr(f"{name}.compare_with_live", differ)
+    for name in ("ptmodels.export.write_program", "ptmodels.export.write_onnx"):
+        monkeypatch.setattr(name, lambda model, path, *args: None)
+    for name in ("tfmodels.export.write_onnx", "tfmodels.export.write_litert"):
+        monkeypatch.setattr(name, lambda model, path, *args, **options: None)
+    (tmp_path / "theirs").mkdir()
+    for given, error in (({}, "differs"), ({"image_size": "large"}, "image_size is 'large'")):
+        with pytest.raises(ValueError, match=error):
+            export(tmp_path / "theirs" / "new" / "newer" / "model", **given)
+        assert [path.name for path in tmp_path.rglob("*")] == ["theirs"]
 
 
 def test_an_operation_that_onnx_lacks_is_refused(vit_msn_config, tmp_path):

@@ -214,6 +214,8 @@ def test_a_failed_export_leaves_the_old_one(exported, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         export_saved_model(model, tmp_path / "saved")
     assert (tmp_path / "saved" / "saved_model.pb").read_bytes() == before
+    with pytest.raises(OSError, match="disk full"):
+        export_saved_model(model, tmp_path / "new" / "newer" / "saved")  # nor a folder that it made
     assert [entry.name for entry in tmp_path.iterdir()] == ["saved"]
 
 
