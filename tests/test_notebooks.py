@@ -1,7 +1,8 @@
-"""The notebooks run from top to bottom without a warning, and are stored as they should be."""
+"""The notebooks run from top to bottom without a warning, in ten minutes, and are stored as they should be."""
 
 import os
 import tempfile
+import time
 from pathlib import Path
 
 import nbformat
@@ -10,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LARGEST = 500_000  # bytes
+LONGEST = 600  # seconds, of all notebooks together
 
 
 @pytest.fixture
@@ -24,17 +26,32 @@ def written(tmp_path):
     return write
 
 
+@pytest.fixture(scope="module")
+def seconds():
+    """Notebook -> how long it took, of those that were run."""
+    return {}
+
+
 def ids(path: Path) -> str:
     return path.stem
 
 
 @pytest.mark.notebook
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=ids)
-def test_a_notebook_runs(path):
+def test_a_notebook_runs(path, seconds):
     from execute import execute
 
+    start = time.perf_counter()
     notebook = execute(path)
+    seconds[path.stem] = time.perf_counter() - start
     assert any(cell.get("outputs") for cell in notebook.cells)
+
+
+@pytest.mark.notebook
+def test_all_notebooks_run_in_ten_minutes(seconds):
+    if len(seconds) < len(NOTEBOOKS):
+        pytest.skip("not all notebooks were run, or some failed")
+    assert sum(seconds.values()) < LONGEST, {name: round(taken) for name, taken in seconds.items()}
 
 
 @pytest.mark.notebook
