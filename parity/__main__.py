@@ -221,7 +221,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_inputs(command: argparse.ArgumentParser) -> None:
     command.add_argument("--checkpoint", metavar="DIR", help="the weights of this checkpoint instead of random ones")
-    command.add_argument("--image", metavar="FILE", help="the photograph; default scikit-image's cat")
+    command.add_argument(
+        "--image",
+        metavar="FILE",
+        help="the photograph; default scikit-image's cat, or twinzoo's coffee where scikit-image is not installed",
+    )
     command.add_argument("--size", metavar="HxW", type=_size, help="feed this size instead of the model's")
     command.add_argument("--seed", metavar="N", type=_seed, default=0, help="of random weights; default 0")
 

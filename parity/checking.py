@@ -76,7 +76,7 @@ def check(
             of NAT and DiNAT; `"export"` each artefact, run in a fresh process, against the live model. Of all models
             at all levels, outputs and weights are compared of each, the other levels of the smallest of each family.
         dtypes: `"float64"` and `"float32"`; the reference is computed in float64 in any case.
-        image: an image file; scikit-image's cat by default.
+        image: an image file; by default scikit-image's cat or, where that is not installed, a photograph of our own.
         size: (height, width) fed to the models instead of their processor's; ViT-MSN then interpolates its positions.
         seed: of drawn weights.
         calibrate: measure what rounding does to each array (see `parity.rounding`), and fail what it does not explain.
