@@ -136,6 +136,45 @@ print(native.LIBRARY)
     assert library == str(tmp_path / "neighborhood" / "libneighborhood.so")
 
 
+@pytest.mark.slow
+def test_where_there_is_no_compiler_a_wheel_of_the_sdist_computes_with_the_composed_operator(sdist, tmp_path):
+    folders = {name: tmp_path / name for name in ("sources", "made", "installed", "binaries")}
+    folders["binaries"].mkdir()
+    kept = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX", "LDCXXSHARED", "PYTHONPATH")}
+    environment = kept | {"PATH": str(folders["binaries"])}
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folders["sources"], filter="data")
+    sources = folders["sources"] / sdist.name.removesuffix(".tar.gz")
+    wheel = build("wheel", sources, folders["made"], environment)
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert "neighborhood/native.py" in names and not [name for name in names if name.endswith(".so")]
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps"]
+    run(*pip, "--target", folders["installed"], wheel, env=environment)
+    code = """
+import warnings
+import numpy as np, tensorflow as tf, torch
+import neighborhood, ptmodels.ops, tfmodels.ops
+from neighborhood import native, reference
+from parity.__main__ import main
+
+assert native.LIBRARY.name == "libneighborhood.so" and "was not built" in native.why_unavailable()
+q, k, v = np.random.default_rng(0).standard_normal((3, 1, 9, 8, 2, 8))
+bias = np.random.default_rng(1).standard_normal((2, 5, 5))
+expected = reference.neighborhood_attention(q, k, v, 3, 2, rel_pos_bias=bias)
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    for half, tensor in ((ptmodels.ops, torch.from_numpy), (tfmodels.ops, tf.constant)):
+        found = half.neighborhood_attention(*map(tensor, (q, k, v)), 3, 2, rel_pos_bias=tensor(bias))
+        assert np.abs(np.asarray(found) - expected).max() < 1e-12
+assert any("runs without its C++ kernels, many times slower" in str(warning.message) for warning in said)
+print(neighborhood.__file__)
+raise SystemExit(main(["check", "nat-mini", "--reduced", "--size", "32x32", "--level", "outputs"]))
+"""
+    said = run(sys.executable, "-c", code, cwd=folders["installed"], env=environment)
+    assert str(folders["installed"] / "neighborhood") in said and "pass" in said and "FAIL" not in said
+
+
 def test_the_kernels_of_a_wheel_know_the_processor(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         library = archive.extract("neighborhood/libneighborhood.so", tmp_path)
