@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import ptmodels
 from benchmarks.shifted_windows import ShiftedWindowAttention
-from benchmarks.timing import alternate
+from benchmarks.timing import alternate, threads_in_words
 from modelspec.configs import get_config
 from ptmodels.layers import NeighborhoodAttention2D
 from ptmodels.swiftformer import SwiftFormerEfficientAdditiveAttention
@@ -160,7 +160,7 @@ def main() -> None:
     console = Console(width=max(100, Console().width))
     report: list[dict] = []
     for claim in arguments.claims:
-        table = Table(title=f"{claim}, {arguments.threads} thread(s)", title_justify="left", box=None)
+        table = Table(title=f"{claim}, {threads_in_words(arguments.threads)}", title_justify="left", box=None)
         for column in ("case", "contender", "ms", "MB", "time /\nfirst", "memory of first /\nits"):
             table.add_column(column, justify="left" if column in ("case", "contender") else "right")
         for case, runs in list(CLAIMS[claim]().items())[: arguments.cases]:

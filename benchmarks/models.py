@@ -1,6 +1,6 @@
 """Times whole models of both halves against what a user would take instead, and against sgemm.
 
-    python -m benchmarks.models --threads 1 2 --json models.json --plot models.png
+    python -m benchmarks.models --threads 1 2 --json models.json
 
 Contenders: either half, eager (`torch`), compiled (`torch compiled`, by torch.compile; `keras`, a tf.function), as
 SavedModel and by Keras' `predict`; transformers, eager and compiled, for SwiftFormer and ViT-MSN; for NAT and DiNAT,
@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.peak_memory import peak_memory
-from benchmarks.timing import MATRIX, alternate
+from benchmarks.timing import MATRIX, alternate, threads_in_words
 
 MODELS = ("swiftformer-xs", "swiftformer-l1", "vit-msn-small", "nat-mini", "dinat-mini")
 PARTS = {
@@ -144,7 +144,7 @@ def run_with(threads: int, arguments: argparse.Namespace) -> dict:
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(1)
     console = Console(width=max(100, Console().width))
-    console.print(f"{threads} thread(s), float32, medians of {arguments.rounds} rounds\n")
+    console.print(f"{threads_in_words(threads)}, float32, medians of {arguments.rounds} rounds\n")
     clock = time.process_time if arguments.cpu_time else time.perf_counter
     report = {"threads": threads, "results": []}
     settings = [(model, each) for model in arguments.models for part in arguments.parts for each in PARTS[part]]

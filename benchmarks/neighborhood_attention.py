@@ -27,7 +27,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.timing import MATRIX, alternate
+from benchmarks.timing import MATRIX, alternate, threads_in_words
 
 # heads, height, width, kernel size, dilation, head_dim
 CASES = [
@@ -132,7 +132,7 @@ def run_with(threads: int, arguments: argparse.Namespace) -> dict:
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(1)
     console = Console()
-    console.print(f"{threads} thread(s), {native.instruction_set()}, float32, batch 1, medians\n")
+    console.print(f"{threads_in_words(threads)}, {native.instruction_set()}, float32, batch 1, medians\n")
     report = {"threads": threads, "instruction_set": native.instruction_set(), "results": []}
     for sizes in CASES[: arguments.cases]:
         case = Case(*sizes)
@@ -151,7 +151,7 @@ def show_summary(console: Console, reports: list[dict]) -> None:
     "both" is forward and backward. Ratios to peers are of torch's half, or of the faster composed one.
     """
     for report in reports:
-        table = Table(title=f"{report['threads']} thread(s)", title_justify="left", box=None)
+        table = Table(title=threads_in_words(report["threads"]), title_justify="left", box=None)
         table.add_column("case")
         table.add_column("")
         for column in ("% of\nsgemm", "called by\ntorch"):
@@ -225,7 +225,7 @@ def plot(report: dict, path: Path) -> None:
     axes.set_xticks(range(len(results)), [r["case"].replace("x32", "").replace(" k7", "") for r in results])
     axes.set_ylabel("milliseconds, forward")
     axes.set_title(
-        f"Neighborhood attention, window 7x7, heads x height x width, dilation; {report['threads']} thread(s)"
+        "Neighborhood attention, window 7x7, heads x height x width, dilation; " + threads_in_words(report["threads"])
     )
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)

@@ -11,6 +11,11 @@ SLOW = 0.5
 Clock = Callable[[], float]
 
 
+def threads_in_words(threads: int) -> str:
+    """Returns `1 thread`, `2 threads` and so on."""
+    return f"{threads} thread" + "s" * (threads != 1)
+
+
 def seconds_of(run: Callable, clock: Clock = time.perf_counter) -> float:
     """The mean over as many calls as fit into a few hundredths of a second, after one that fills the caches.
 
