@@ -15,6 +15,7 @@ from modelspec.agreement import EXPORT_BOUND, Agreement, compare, root_mean_squa
 from modelspec.configs import ModelConfig
 from modelspec.exports import missing_packages
 from modelspec.exports.fresh_process import outputs_of, run_jobs, write_job
+from modelspec.extras import how_to_install
 from parity.halves import Arrays
 
 _FEW_BLOCKS = 5
@@ -56,7 +57,7 @@ def notes(config: ModelConfig, image_size: tuple[int, int]) -> list[str]:
     """Returns sentences on what `compare_exports` leaves out: for want of packages, of time, of pixels."""
     found = [
         f"Left out: {artefact.name} of {artefact.half}, which needs {' and '.join(missing)}; "
-        "pip install 'twinzoo[export]'."
+        f"{how_to_install('export')}."
         for artefact in ARTEFACTS
         if (missing := missing_packages(*artefact.needs))
     ]

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from modelspec.configs import ModelConfig
+from modelspec.extras import how_to_install
 from parity.quiet_import import import_tensorflow
 from parity.taps import KerasTap, Tap, TorchTap
 
@@ -40,7 +41,7 @@ def import_frameworks() -> None:
         half, extra = "PyTorch", "torch"
         import ptmodels.auto  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ImportError(f"the {half} half needs {error.name}: pip install 'twinzoo[{extra}]'") from error
+        raise ImportError(f"the {half} half needs {error.name}: {how_to_install(extra)}") from error
 
 
 def build_torch(config: ModelConfig, weights: Arrays, dtype: str) -> Any:

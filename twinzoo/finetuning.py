@@ -17,6 +17,7 @@ import numpy as np
 from modelspec import ImageProcessor, get_config, load_config
 from modelspec.atomic_file import atomic_file, write_text
 from modelspec.checkpoints import CheckpointError
+from modelspec.extras import how_to_install
 from modelspec.training import EvaluationBatches, Recipe, TrainingBatches, TrainingState
 from parity.errors import ComparisonError
 from twinzoo.halves import fresh_classifier, import_half, load_classifier, load_processor, predict_logits
@@ -362,7 +363,7 @@ def _draw(output: Path, outcome: Outcome, note: Callable[[str], None]) -> None:
     try:
         from twinzoo.plots import plot_confusion_matrix, plot_curves
     except ImportError as error:
-        note(f"nothing is drawn: {error}; pip install 'twinzoo[plot]'")
+        note(f"nothing is drawn: {error}; {how_to_install('plot')}")
         return
     figures = {"curves.png": plot_curves(outcome.history)}
     if outcome.confusion.sum():

@@ -10,6 +10,7 @@ import numpy as np
 
 from modelspec import ImageProcessor, get_variant, list_models, load_config
 from modelspec.checkpoints import CheckpointWarning, initial_weights
+from modelspec.extras import how_to_install
 from modelspec.training import EvaluationBatches
 from parity.quiet_import import import_tensorflow
 
@@ -41,7 +42,7 @@ def import_half(framework: str, *, start: bool = True) -> tuple[ModuleType, Modu
 
         return ptmodels.auto, ptmodels.training
     except ModuleNotFoundError as error:
-        raise ImportError(f"--framework {framework} needs {error.name}: pip install 'twinzoo[{framework}]'") from error
+        raise ImportError(f"--framework {framework} needs {error.name}: {how_to_install(framework)}") from error
 
 
 def load_classifier(

@@ -7,6 +7,7 @@ from pathlib import Path
 from modelspec.atomic_folder import recover
 from modelspec.checkpoints.errors import MissingFileError, SourceError, UnreachableError
 from modelspec.checkpoints.sharded import shard_names
+from modelspec.extras import how_to_install
 
 WEIGHTS = (
     *("model.safetensors", "model.safetensors.index.json"),
@@ -69,7 +70,7 @@ def _download(hub_id: str, filename: str, revision: str | None, local_files_only
         )
     except ImportError as error:
         raise SourceError(
-            f"{hub_id!r} is no file or directory here; to read it from the Hub, pip install 'twinzoo[hub]'"
+            f"{hub_id!r} is no file or directory here; to read it from the Hub, {how_to_install('hub')}"
         ) from error
     try:
         return hf_hub_download(hub_id, filename, revision=revision, local_files_only=local_files_only)

@@ -10,7 +10,7 @@ from modelspec.agreement import FLOAT32_BOUND, FLOAT32_GOLDEN_BOUND, FLOAT64_BOU
 from modelspec.checkpoints import CheckpointWarning, probing_weights
 from modelspec.configs import get_config
 
-transformers = pytest.importorskip("transformers", reason="pip install 'twinzoo[oracle]'")
+transformers = pytest.importorskip("transformers", reason="pip install '.[oracle]'")
 pytestmark = [
     pytest.mark.oracle,
     pytest.mark.filterwarnings("ignore::UserWarning:torch"),
