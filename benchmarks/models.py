@@ -1,6 +1,6 @@
 """Times whole models of both halves against what a user would take instead, and against sgemm.
 
-    python -m benchmarks.models --threads 1 2 --json models.json
+    python -m benchmarks.models --threads 1 2 --json models.json --plot models.png
 
 Contenders: either half, eager (`torch`), compiled (`torch compiled`, by torch.compile; `keras`, a tf.function), as
 SavedModel and by Keras' `predict`; transformers, eager and compiled, for SwiftFormer and ViT-MSN; for NAT and DiNAT,
