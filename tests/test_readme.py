@@ -149,6 +149,7 @@ def run(program: str, *arguments: str) -> None:
     assert PROGRAMS[program].main(arguments) == 0, (program, *arguments)
 
 
+@pytest.mark.slow
 def test_the_first_commands_of_the_readme_run(workplace):
     firsts = {}
     for line in commands("README.md"):
