@@ -12,6 +12,8 @@ def decode_image(image_bytes):
 
     Gray becomes RGB, what is transparent shows white, of 16 bits the upper 8 are kept, and the EXIF orientation of JPEG
     and of PNG (where it stands before the pixels) is applied. All bytes are the same, but of CMYK some differ by one.
+    WebP is left to the TensorFlow that runs it: 2.21 refuses an alpha channel and several frames, and its EXIF
+    orientation is not applied.
 
     Args:
         image_bytes: a scalar string tensor, the content of a file.
