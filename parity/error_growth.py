@@ -12,7 +12,7 @@ from typing import Any
 from parity.saved_report import Row
 
 WIDTH, HEIGHT = 760, 330
-LEFT, RIGHT, TOP, BOTTOM = 64, 14, 30, 48
+LEFT, RIGHT, TOP, BOTTOM = 64, 84, 30, 48  # at the right, tolerances have their names
 _BAND = 18  # height of what lies outside the scale: zeros below it, what is not finite above
 _MARKED = 40  # points up to which a line shows each
 _STYLES = (("keras", "float64"), ("keras", "float32"), ("torch", "float32"))
@@ -123,7 +123,7 @@ def _tolerances(
             down = scale.y(rows[-1].tolerance)
             has_room = all(abs(down - other) > 12 for other in labelled)
             labelled += [down] if has_room else []
-            label = f"tolerance {dtype}" + (f" {mode}" if len({row.tolerance for row in rows}) > 1 else "")
+            label = dtype + (f" {mode}" if len({row.tolerance for row in rows}) > 1 else "")
             yield {"path": path, "y": down, "label": label if has_room else ""}
 
 

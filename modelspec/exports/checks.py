@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from modelspec.extras import how_to_install
+
 INPUT, OUTPUT = "pixel_values", "logits"  # of every artefact
 
 
@@ -32,7 +34,7 @@ def check_exportable(model: Any, path: str | os.PathLike, *packages: str, dtypes
         raise ValueError(f"{path} is a folder; give the name of a file")
     missing = missing_packages(*packages)
     if missing:
-        raise ImportError(f"this export needs {' and '.join(missing)}: pip install 'twinzoo[export]'")
+        raise ImportError(f"this export needs {' and '.join(missing)}: {how_to_install('export')}")
 
 
 def require_logits(model: Any) -> None:
