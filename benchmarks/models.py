@@ -169,8 +169,12 @@ def plot(reports: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     results = [result for result in reports[0]["results"] if result["size"] == 224]
-    parts = {(result["batch"], result["training"]): None for result in results}
-    figure, axes = plt.subplots(1, len(parts), figsize=(5.2 * len(parts), 4.6), layout="constrained", squeeze=False)
+    parts: dict[tuple, int] = {}  # of the plot -> its rows
+    for result in results:
+        part = (result["batch"], result["training"])
+        parts[part] = parts.get(part, 1) + 1 + len(SHOWN.keys() & result["contenders"])
+    size = (5.2 * len(parts), 1 + 0.18 * max(parts.values()))
+    figure, axes = plt.subplots(1, len(parts), figsize=size, layout="constrained", squeeze=False)
     for axis, (batch, training) in zip(axes[0], parts, strict=True):
         ticks, row = [], 0
         for result in (found for found in results if (found["batch"], found["training"]) == (batch, training)):
