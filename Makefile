@@ -22,13 +22,12 @@ demo: $(VENV)/ready  ## four families, two frameworks, one photograph
 test: $(VENV)/ready-oracle  ## the tests, those that need transformers too
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not notebook"
 
-full: $(VENV)/ready-oracle $(VENV)/ready-wheels tensorflow-versions oldest-versions  ## everything, the slow tests and whole variants too
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+full: $(VENV)/ready-oracle wheels tensorflow-versions oldest-versions  ## everything, the slow tests and whole variants too
+	TWINZOO_WHEELS=dist $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 	mkdir -p build
 	$(BIN)/python -m parity check --all --level all --json build/parity.json --html build/parity.html --junit build/parity.xml
 	$(BIN)/python -m parity check --all --full
 	$(BIN)/python -m benchmarks.neighborhood_attention
-	$(MAKE) wheels
 
 notebooks: $(VENV)/ready  ## all notebooks, each in a fresh kernel
 	$(BIN)/python -m pytest -m notebook --durations=0 tests/test_notebooks.py
