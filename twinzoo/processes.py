@@ -5,9 +5,10 @@ import json
 import os
 import signal
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from twinzoo.image_folder import ImageFolder
+if TYPE_CHECKING:
+    from twinzoo.image_folder import ImageFolder
 
 STRATEGIES = {"torch": ("ddp", "fsdp"), "tf": ("mirrored", "multiworker")}
 
@@ -21,7 +22,7 @@ class Processes:
 
     first = True
 
-    def share(self, find: Callable[[], list[ImageFolder]]) -> list[ImageFolder]:
+    def share(self, find: Callable[[], "list[ImageFolder]"]) -> "list[ImageFolder]":
         """Returns the folders that `find` returns in the first process; the others wait for the lists of files."""
         return find()
 
@@ -47,7 +48,9 @@ class SeveralProcesses(Processes):
         self.distributed = distributed
         self.first = distributed.is_first()
 
-    def share(self, find: Callable[[], list[ImageFolder]]) -> list[ImageFolder]:
+    def share(self, find: Callable[[], "list[ImageFolder]"]) -> "list[ImageFolder]":
+        from twinzoo.image_folder import ImageFolder
+
         if self.first:
             found = find()
             self.distributed.share_value([folder.to_dict() for folder in found])

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -15,6 +17,7 @@ def run(module, path, *options):
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_both_halves_and_other_operators_compute_the_same_logits(tmp_path):
     contenders = ["torch", "keras", "torch dense", "torch gather", "keras dense", "keras gather"]
     options = ["--models", "nat-mini", "--parts", "batch1", "--only", *contenders, "torch operator alone"]

@@ -282,7 +282,7 @@ def test_metadata_of_others_are_none(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    [name if name == "nat_tiny" else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES],
+    [name if name == "vit_msn_tiny" else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES],
 )
 def test_eight_bits_are_near(name, tmp_path):
     """Compared on the calibration images, of which 8 bits promise something."""

@@ -91,7 +91,7 @@ def test_a_new_classifier_has_new_labels_and_weights(half, config, tmp_path):
         model.reset_classifier(-1)
 
 
-@slow_but_for("dinat", "swiftformer")
+@slow_but_for("swiftformer")
 def test_a_new_classifier_learns(config, digits):
     keras.utils.set_random_seed(0)
     model = keras_class(config.model_type)(config)

@@ -234,6 +234,7 @@ def test_tf_swiftformer_for_image_classification(image, swiftformer_xs):
     assert predicted_label in model.config.id2label
 
 
+@pytest.mark.slow
 def test_tf_swiftformer_trains_with_fit(swiftformer_xs):
     from tfmodels import TFSwiftFormerForImageClassification
 

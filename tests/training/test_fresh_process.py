@@ -63,7 +63,7 @@ def trained(config, digits):
     return model, images[:5]
 
 
-@slow_but_for("nat", "swiftformer")
+@slow_but_for("swiftformer")
 def test_keras_files_reload_bit_equal(trained, tmp_path):
     model, images = trained
     np.save(tmp_path / "images.npy", images)
