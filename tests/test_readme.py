@@ -173,7 +173,7 @@ def test_the_first_commands_of_the_readme_run(workplace):
         ("docs/exporting.md", ["served", "dinat.onnx", "dinat-any.onnx", "dinat.tflite", "dinat.pt2"]),
         ("docs/checkpoints.md", ["my-half/model.safetensors.index.json", "my-wider/model.safetensors"]),
         ("docs/looking.md", []),
-        ("docs/proving.md", ["my-checkpoint/parity.json", "report.html", "more.json", "more.xml", "nat.npz"]),
+        ("docs/proving.md", ["my-checkpoint/parity.json", "report.html", "more.json", "more.xml", "run.npz"]),
     ],
 )
 def test_all_commands_of_a_page_run(page, made, workplace):
