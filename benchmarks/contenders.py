@@ -68,16 +68,23 @@ class Case:
 
     def _kernels(self, backward: bool) -> Callable:
         query, key, value, grad = self.arrays
-        output, logsumexp = np.empty_like(query), np.empty(query.shape[:-1]) if backward else None
-        grads = {name: np.empty_like(query) for name in ("grad_query", "grad_key", "grad_value")}
-        grads["grad_rel_pos_bias"] = np.empty_like(self.table)
-        inputs = (query, key, value, self.table, self.kernel_size, self.dilation, None)
+        output, logsumexp = np.empty_like(query), np.empty(query.shape[:-1])
+        grads = [np.empty_like(array) for array in (query, key, value, self.table)]
+        inputs = (query, key, value, self.table)
+        self.buffers = (output, logsumexp, grads)  # they live on: `run` knows where they are, and no more
+        sizes = ("float32", query.shape, (self.kernel_size,) * 2, (self.dilation,) * 2, query.shape[-1] ** -0.5)
         threads = torch.get_num_threads()
 
+        def addresses(*arrays):
+            return [array.ctypes.data for array in (*inputs, *arrays)]
+
+        forward = [*addresses(output), addresses(logsumexp)[-1] if backward else None]
+        of_backward = addresses(logsumexp, grad, *grads)
+
         def run():
-            native.forward(*inputs, output=output, logsumexp=logsumexp, threads=threads)
+            native.run_at("forward", forward, *sizes, threads)
             if backward:
-                native.backward(*inputs, logsumexp, grad, **grads, threads=threads)
+                native.run_at("backward", of_backward, *sizes, threads)
             return output
 
         return run

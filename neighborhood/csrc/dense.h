@@ -24,7 +24,7 @@ void dense_score(const Vector<T>* queries, const T* keys, int64_t head_dim, int6
     for (int64_t d = begin; d < end; d++) {
       Vector<T> query[Vectors];
 #pragma GCC unroll 4
-      for (int v = 0; v < Vectors; v++) query[v] = queries[v * head_dim + d];
+      for (int v = 0; v < Vectors; v++) query[v] = in_register(queries[v * head_dim + d]);
 #pragma GCC unroll 6
       for (int k = 0; k < Keys; k++) {
         const T key = keys[k * key_stride + d];
@@ -70,7 +70,7 @@ void sum_rows(const T* weights, int64_t row_stride, int64_t step, int64_t count,
     for (int64_t j = begin; j < smaller(begin + kSumBlock, count); j++) {
       Vector<T> row[Channels];
 #pragma GCC unroll 4
-      for (int c = 0; c < Channels; c++) row[c] = load(rows + j * stride + c * n);
+      for (int c = 0; c < Channels; c++) row[c] = in_register(load(rows + j * stride + c * n));
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; r++) {
         const T weight = weights[r * row_stride + j * step];

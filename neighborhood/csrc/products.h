@@ -20,6 +20,7 @@ namespace {
 constexpr int kSlots = kBytes == 64 ? 8 : 4;     // slots per pass over head_dim: registers bound it
 constexpr int kChannels = kBytes == 64 ? 4 : 2;  // vectors of channels per pass over a window
 constexpr int kQueries = 4;                      // neighbouring queries that share a loaded value
+constexpr int64_t kChannelsAhead = 4;            // the nearest cache is asked for keys of so many channels further on
 constexpr int64_t kSumBlock = 16;                // products per sum, and then sums of sums: they round less
 
 // The lanes of a tile whose windows are pushed against one border of the map.
@@ -53,11 +54,16 @@ void score(const T* keys, const T* const* side_keys, const Side<T>* sides, int64
     const int64_t end = smaller(begin + kSumBlock, head_dim);
     Vector<T> sums[Rows][Slots] = {};
     for (int64_t d = begin; d < end; d++) {
+      if constexpr (kBytes == 64) {
+        __builtin_prefetch(keys + kChannelsAhead * key_stride);
+        __builtin_prefetch(keys + kChannelsAhead * key_stride + Simd<T>::kLanes);
+      }
 #pragma GCC unroll 8
       for (int t = 0; t < Slots; t++) {
         Vector<T> key = load(keys + t);
         if constexpr (Sides > 0) key = first_lanes ? splat(first_side[t]) : key;
         if constexpr (Sides > 1) key = second_lanes ? splat(second_side[t]) : key;
+        key = in_register(key);
 #pragma GCC unroll 4
         for (int r = 0; r < Rows; r++) sums[r][t] += queries[r][d] * key;
       }
@@ -170,7 +176,7 @@ __attribute__((noinline)) void weighted_sum(const WindowRows<T>& window, const G
         over_columns<Queries, Shift, Kernel>(kernel, [&](int64_t c, int first, int end) __attribute__((always_inline)) {
           Vector<T> value[Channels];
 #pragma GCC unroll 4
-          for (int v = 0; v < Channels; v++) value[v] = load(row + c * window.column_stride + v * n);
+          for (int v = 0; v < Channels; v++) value[v] = in_register(load(row + c * window.column_stride + v * n));
 #pragma GCC unroll 4
           for (int u = 0; u < Queries; u++) {
             if (u < first || u >= end) continue;

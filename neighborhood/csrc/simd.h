@@ -127,6 +127,18 @@ inline Vector<double> load(const double* from) { return *reinterpret_cast<const 
 inline void store(float* to, Vector<float> x) { *reinterpret_cast<Simd<float>::Unaligned*>(to) = x; }
 inline void store(double* to, Vector<double> x) { *reinterpret_cast<Simd<double>::Unaligned*>(to) = x; }
 
+// Keeps what is used several times in a register: compilers would fold a load into each of its uses, and loads that
+// cross cache lines are then what products wait for.
+template <typename V>
+inline V in_register(V x) {
+#if defined(__AVX512F__)
+  __asm__("" : "+v"(x));
+#elif defined(__x86_64__)
+  __asm__("" : "+x"(x));
+#endif
+  return x;
+}
+
 template <typename S>
 inline Vector<float> load(const S* from) {
   Halves halves;
@@ -187,7 +199,7 @@ inline void write_row(const Computed<S>* from, Computed<S> factor, int64_t count
 
 // The elementary functions
 
-inline Vector<float> exp_polynomial(Vector<float> f) {  // 2e-9 relative on |f| <= log(2) / 2
+inline Vector<float> exp_polynomial(Vector<float> f) {  // 2e-8 relative on |f| <= log(2) / 2
   Vector<float> p = f * 0.001384364441f + 0.008374162950f;
   p = p * f + 0.04166800156f;
   p = p * f + 0.1666643173f;
@@ -239,8 +251,7 @@ inline Vector<T> exponential(Vector<T> x) {
   const Vector<T> shifted = x * T(1.4426950408889634) + F::kRounder;
   const Vector<T> n = shifted - F::kRounder;
   const Vector<T> p = exp_polynomial((x - n * F::kLog2High) - n * F::kLog2Low);
-  const Integers<T> exponent = (Integers<T>)shifted - (Integers<T>)splat(F::kRounder) + F::kExponentBias;
-  return p * (Vector<T>)(exponent << F::kMantissa);
+  return (Vector<T>)((Integers<T>)p + ((Integers<T>)shifted << F::kMantissa));  // the rounder is shifted out
 }
 
 // log(x) for finite x >= 1; NaN gives NaN.
@@ -292,13 +303,18 @@ inline void transpose_block(Vector<T>* rows) {
   }
 }
 
-// Writes the first `width` columns of a block of kLanes rows, each as a vector, times a factor.
-template <typename S, typename T = Computed<S>>
-inline void write_transposed(const S* from, int64_t stride, T factor, int64_t width, T* to, int64_t to_stride) {
+// Writes the first `width` columns of a block of `count` <= kLanes rows, each as a vector, times a factor. Lanes beyond
+// `count` repeat the last row. `AllRows` promises that there are kLanes.
+template <bool AllRows, typename S, typename T = Computed<S>>
+inline void write_transposed(const S* from, int64_t stride, [[maybe_unused]] int64_t count, T factor, int64_t width,
+                             T* to, int64_t to_stride) {
   constexpr int n = Simd<T>::kLanes;
   Vector<T> rows[n];
 #pragma GCC unroll 16
-  for (int i = 0; i < n; i++) rows[i] = load(from + i * stride);
+  for (int i = 0; i < n; i++) {
+    rows[i] = load(from);
+    if (AllRows || i + 1 < count) from += stride;
+  }
   transpose_block<T>(rows);
   if (width == n) {
 #pragma GCC unroll 16
@@ -310,8 +326,9 @@ inline void write_transposed(const S* from, int64_t stride, T factor, int64_t wi
 
 #if NEIGHBORHOOD_VECTOR_BYTES == 64
 // Loads put quarters of rows in their places, so that half of the shuffles are left.
-inline void write_transposed(const float* from, int64_t stride, float factor, int64_t width, float* to,
-                             int64_t to_stride) {
+template <bool AllRows>
+inline void write_transposed(const float* from, int64_t stride, [[maybe_unused]] int64_t count, float factor,
+                             int64_t width, float* to, int64_t to_stride) {
   constexpr __mmask16 quarters[] = {0x000f, 0x00f0, 0x0f00, 0xf000};
 #pragma GCC unroll 1
   for (int64_t column = 0; column < width; column += 4, from += 4, to += 4 * to_stride) {
@@ -320,8 +337,10 @@ inline void write_transposed(const float* from, int64_t stride, float factor, in
 #pragma GCC unroll 4
     for (int quarter = 0; quarter < 4; quarter++)
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; i++, row += stride)
+      for (int i = 0; i < 4; i++) {
         part[i] = _mm512_mask_broadcast_f32x4(part[i], quarters[quarter], _mm_loadu_ps(row));
+        if (AllRows || 4 * quarter + i + 1 < count) row += stride;
+      }
     const __m512d low = (__m512d)_mm512_maskz_unpacklo_ps(-1, part[0], part[1]);
     const __m512d high = (__m512d)_mm512_maskz_unpackhi_ps(-1, part[0], part[1]);
     const __m512d low2 = (__m512d)_mm512_maskz_unpacklo_ps(-1, part[2], part[3]);
@@ -339,16 +358,21 @@ inline void write_transposed(const float* from, int64_t stride, float factor, in
 
 #if NEIGHBORHOOD_VECTOR_BYTES == 32
 // Loads put halves of rows in their places, so that a third of the shuffles is left.
-inline void write_transposed(const float* from, int64_t stride, float factor, int64_t width, float* to,
-                             int64_t to_stride) {
-  const float* middle = from + 4 * stride;
+template <bool AllRows>
+inline void write_transposed(const float* from, int64_t stride, [[maybe_unused]] int64_t count, float factor,
+                             int64_t width, float* to, int64_t to_stride) {
 #pragma GCC unroll 1
-  for (int64_t column = 0; column < width; column += 4, from += 4, middle += 4, to += 4 * to_stride) {
+  for (int64_t column = 0; column < width; column += 4, from += 4, to += 4 * to_stride) {
+    __m128 half[8];
+    const float* row = from;
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+      half[i] = _mm_loadu_ps(row);
+      if (AllRows || i + 1 < count) row += stride;
+    }
     __m256 part[4];
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; i++)
-      part[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from + i * stride)),
-                                     _mm_loadu_ps(middle + i * stride), 1);
+    for (int i = 0; i < 4; i++) part[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(half[i]), half[i + 4], 1);
     const __m256d low = (__m256d)_mm256_unpacklo_ps(part[0], part[1]);
     const __m256d high = (__m256d)_mm256_unpackhi_ps(part[0], part[1]);
     const __m256d low2 = (__m256d)_mm256_unpacklo_ps(part[2], part[3]);
@@ -370,17 +394,20 @@ void transpose(const S* from, int64_t stride, int64_t count, int64_t channels, T
   constexpr int n = Simd<T>::kLanes;
   for (int64_t c = 0; c < channels; c += n, to += n * to_stride) {
     const int64_t width = smaller<int64_t>(n, channels - c);
-    if (count == n && width == n) {
-      write_transposed(from + c, stride, factor, width, to, to_stride);
+    if (width == n) {
+      if (count == n)
+        write_transposed<true>(from + c, stride, count, factor, width, to, to_stride);
+      else
+        write_transposed<false>(from + c, stride, count, factor, width, to, to_stride);
       continue;
     }
     alignas(64) T block[n * n];
     const S* row = from + c;
     for (int64_t i = 0; i < n; i++) {
-      store(block + i * n, width == n ? load(row) : load_some(row, width));
+      store(block + i * n, load_some(row, width));
       if (i + 1 < count) row += stride;
     }
-    write_transposed(block, n, factor, width, to, to_stride);
+    write_transposed<true>(block, n, n, factor, width, to, to_stride);
   }
 }
 
