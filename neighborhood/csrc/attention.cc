@@ -107,13 +107,14 @@ const char* check(const NeighborhoodShape& s, bool* empty) {
   return nullptr;
 }
 
-Shape get_shape(const NeighborhoodShape& s) {
+Shape get_shape(const NeighborhoodShape& s, const InstructionSet& set) {
   return {s.batch,
           {s.depth, s.height, s.width},
           s.heads,
           s.head_dim,
           {s.kernel_depth, s.kernel_height, s.kernel_width},
-          {s.dilation_depth, s.dilation_height, s.dilation_width}};
+          {s.dilation_depth, s.dilation_height, s.dilation_width},
+          set.row_block};
 }
 
 template <typename S>
@@ -284,7 +285,7 @@ const char* neighborhood_forward(int type, const NeighborhoodShape* shape, const
   if (const char* problem = check_pointers({shape})) return problem;
   if (const char* problem = check(*shape, &empty)) return problem;
   if (threads <= 0) threads = default_threads();
-  const Shape sizes = get_shape(*shape);
+  const Shape sizes = get_shape(*shape, *set);
   return with_type(type, [&](auto zero) -> const char* {
     typedef decltype(zero) S;
     if (empty) return nullptr;
@@ -308,7 +309,7 @@ const char* neighborhood_backward(int type, const NeighborhoodShape* shape, cons
   if (const char* problem = check_pointers({shape})) return problem;
   if (const char* problem = check(*shape, &empty)) return problem;
   if (threads <= 0) threads = default_threads();
-  const Shape sizes = get_shape(*shape);
+  const Shape sizes = get_shape(*shape, *set);
   return with_type(type, [&](auto zero) -> const char* {
     typedef decltype(zero) S;
     if (empty) {  // nothing depends on the bias

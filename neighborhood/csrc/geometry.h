@@ -12,10 +12,6 @@ namespace neighborhood {
 
 constexpr int kAxes = 3;  // planes, rows, columns
 
-// Rows of queries that are worked on together. Bands begin at multiples of it, so that every key sums its contributions
-// in the same order however the map is cut.
-constexpr int64_t kRowBlock = 3;
-
 constexpr int64_t kRingBytes = 256 << 10;  // of the transposed keys that queries meet: they stay in a near cache
 constexpr int64_t kNearBytes = 512 << 10;  // of a sample's tensor: beyond it comes from caches or memory further away
 constexpr int64_t kMostHeads = 4;          // that are worked on in step
@@ -24,6 +20,9 @@ constexpr int64_t kMostHeads = 4;          // that are worked on in step
 struct Shape {
   int64_t batch, size[kAxes], heads, head_dim;
   int64_t kernel[kAxes], dilation[kAxes];
+  // Rows of queries that are worked on together. Bands begin at multiples of it, so that every key sums its
+  // contributions in the same order however the map is cut.
+  int64_t row_block;
 
   // How many heads are best worked on in step, to read memory in larger pieces; fewer if threads lack work then.
   int64_t heads_in_step(int64_t bytes) const {
@@ -38,7 +37,7 @@ struct Shape {
   // of the lanes of any register.
   int64_t strip_columns(int64_t bytes) const {
     constexpr int64_t kLanes = 16;
-    const int64_t planes = kernel[0], rows = size[0] > 1 ? longest(1) : kernel[1] + kRowBlock - 1;
+    const int64_t planes = kernel[0], rows = size[0] > 1 ? longest(1) : kernel[1] + row_block - 1;
     const int64_t most = kRingBytes / heads_in_step(bytes) / (planes * rows * (head_dim > 0 ? head_dim : 1) * bytes);
     const int64_t blocks = (longest(2) - 1) / kLanes + 1, wanted = (most - kernel[2]) / kLanes;
     const int64_t strips = (blocks - 1) / (wanted > 2 ? wanted : 2) + 1;
@@ -132,7 +131,7 @@ struct Bands {
 
   Bands(const Shape& shape, int64_t wanted, int64_t heads = 1) : axis(shape.size[0] > 1 ? 0 : 1), heads(heads) {
     const int64_t longest = shape.longest(axis);
-    const int64_t multiple = axis == 0 ? 1 : kRowBlock;
+    const int64_t multiple = axis == 0 ? 1 : shape.row_block;
     length = ((wanted > 1 ? wanted : 1) + multiple - 1) / multiple * multiple;
     if (length > longest) length = longest;
     per_map = (longest + length - 1) / length;

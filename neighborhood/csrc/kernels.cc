@@ -124,6 +124,7 @@ constexpr Kernels<S> kernels() {
 
 extern const InstructionSet kInstructionSet;
 constexpr InstructionSet kInstructionSet = {NEIGHBORHOOD_NAME(NEIGHBORHOOD_INSTRUCTION_SET),
+                                            kRowBlock,
                                             supported,
                                             kernels<float>(),
                                             kernels<double>(),

@@ -71,6 +71,7 @@ struct Kernels {
 
 struct InstructionSet {
   const char* name;
+  int64_t row_block;  // of a Shape
   bool (*supported)();
   Kernels<float> float32;
   Kernels<double> float64;

@@ -17,11 +17,26 @@ namespace neighborhood {
 namespace NEIGHBORHOOD_INSTRUCTION_SET {
 namespace {
 
-constexpr int kSlots = kBytes == 64 ? 8 : 4;     // slots per pass over head_dim: registers bound it
-constexpr int kChannels = kBytes == 64 ? 4 : 2;  // vectors of channels per pass over a window
-constexpr int kQueries = 4;                      // neighbouring queries that share a loaded value
-constexpr int64_t kChannelsAhead = 4;            // the nearest cache is asked for keys of so many channels further on
-constexpr int64_t kSumBlock = 16;                // products per sum, and then sums of sums: they round less
+constexpr int64_t kRowBlock = kBytes == 64 ? 4 : 3;  // rows of queries in a product with one row of keys
+constexpr int kSlots = kBytes == 64 ? 7 : 4;         // slots per pass over head_dim: registers bound both
+constexpr int kChannels = kBytes == 64 ? 4 : 2;      // vectors of channels per pass over a window
+constexpr int kQueries = 4;                          // neighbouring queries that share a loaded value
+constexpr int64_t kChannelsAhead = 4;  // the nearest cache is asked for keys of so many channels further on
+constexpr int64_t kSumBlock = 16;      // products per sum, and then sums of sums: they round less
+
+template <int value>
+using Constant = std::integral_constant<int, value>;
+
+// Calls visit(count) with a constant: the number of rows of a block.
+template <typename Visit>
+inline void with_count(int64_t count, Visit visit) {
+  static_assert(kRowBlock == 3 || kRowBlock == 4, "one case per number of rows");
+  if constexpr (kRowBlock == 4)
+    if (count == 4) return visit(Constant<4>());
+  if (count == 3) return visit(Constant<3>());
+  if (count == 2) return visit(Constant<2>());
+  visit(Constant<1>());
+}
 
 // The lanes of a tile whose windows are pushed against one border of the map.
 template <typename T>
@@ -100,16 +115,10 @@ inline ScoreFunction<T> score_of(int64_t slots, std::integer_sequence<int, I...>
 
 template <typename T, int Sides>
 inline ScoreFunction<T> score_of(int64_t rows, int64_t slots) {
-  constexpr auto sequence = std::make_integer_sequence<int, kSlots>();
-  static_assert(kRowBlock == 3, "one case per number of rows");
-  switch (rows) {
-    case 1:
-      return score_of<T, 1, Sides>(slots, sequence);
-    case 2:
-      return score_of<T, 2, Sides>(slots, sequence);
-    default:
-      return score_of<T, 3, Sides>(slots, sequence);
-  }
+  ScoreFunction<T> found = nullptr;
+  with_count(
+      rows, [&](auto count) { found = score_of<T, count(), Sides>(slots, std::make_integer_sequence<int, kSlots>()); });
+  return found;
 }
 
 template <typename T>
@@ -244,9 +253,6 @@ inline int64_t channels_at_once(int64_t channels) {
   if (kChannels >= 4 && channels >= 4) return 4;
   return channels >= 2 ? 2 : 1;
 }
-
-template <int value>
-using Constant = std::integral_constant<int, value>;
 
 template <int Queries, int Shift, typename Visit>
 inline void with_variant(int64_t channels, Visit visit) {

@@ -314,15 +314,6 @@ struct Bias {
   }
 };
 
-// Calls visit(count) with a constant: the number of rows of a block.
-template <typename Visit>
-inline void with_count(int64_t count, Visit visit) {
-  static_assert(kRowBlock == 3, "one case per number of rows");
-  if (count == 3) return visit(Constant<3>());
-  if (count == 2) return visit(Constant<2>());
-  visit(Constant<1>());
-}
-
 // Scores of rows [y, y + count) of queries of plane z, for one tile.
 //
 // `queries` is (count, head_dim) vectors; `scores` (count, sizes.scores) vectors, of which row r holds (planes of the
