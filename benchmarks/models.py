@@ -11,8 +11,8 @@ ONNX Runtime runs the torch half's export, LiteRT the Keras half's. `folded` is 
 
 In every round each contender runs for a moment, and a matrix product too: medians over rounds treat all alike. Outputs
 are compared first, so that all do the same work, in float32. Percentages are of the matrix product's rate in the same
-rounds, with as many threads, and count useful work. Memory is what a process of its own holds at most while it runs a
-contender, less what it held before (`benchmarks.peak_memory`).
+rounds, with as many threads, and count useful work. Each contender has a process of its own; its memory is what that
+holds at most while it runs, less what it held before (`benchmarks.processes`).
 """
 
 import argparse
@@ -32,7 +32,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.peak_memory import peak_memory
+from benchmarks.processes import Contender, ContenderError
 from benchmarks.timing import MATRIX, alternate, threads_in_words
 
 MODELS = ("swiftformer-xs", "swiftformer-l1", "vit-msn-small", "nat-mini", "dinat-mini")
@@ -59,33 +59,44 @@ SHOWN = {
 AGREEMENT = 1e-3  # of the rms of the logits, or of the loss: none computes something else
 
 
-def measure(case, rounds: int, wanted, clock, memory: dict[str, int | None]) -> dict:
+def measure(case, rounds: int, wanted, clock) -> dict:
     """Returns sgemm's rate and, per contender, median, least and most seconds, percent of sgemm, and bytes."""
     import numpy as np
-    import torch
 
-    runs, failed, preparation, reference = {}, {}, {}, None
-    for name, make in case.contenders().items():
-        if reference is not None and not wanted(name):
-            continue
-        begin = time.perf_counter()
-        try:
-            run = make()
-            output = run()  # the first call compiles
-        except Exception as error:  # a peer that cannot do this case
-            failed[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
-            continue
-        preparation[name] = time.perf_counter() - begin
-        if reference is None:
-            reference = output
-        if not name.endswith("operator alone"):
-            error = np.abs(output - reference).max() / np.sqrt(np.mean(np.square(reference)))
-            if not error < AGREEMENT:
-                failed[name] = f"its output is off by {error:.1e}"
+    found: dict[str, Contender] = {}
+    failed: dict[str, str] = {}
+    try:
+        for name, make in {"flops": lambda: lambda: case.flops, "sgemm": _matrix_product, **case.contenders()}.items():
+            if "torch" in found and not wanted(name):
                 continue
-        runs[name] = run
-    matrix = torch.randn(MATRIX, MATRIX)
-    times = alternate({"sgemm": lambda: matrix @ matrix, **runs}, rounds, clock)
+            try:
+                contender = Contender(make)
+            except ContenderError as error:  # a peer that cannot do this case
+                failed[name] = str(error)
+                continue
+            if name == "flops":
+                flops = contender.output
+                contender.close()
+                continue
+            found[name] = contender
+            if name != "sgemm" and not name.endswith("operator alone"):
+                reference = found["torch"].output
+                error = np.abs(contender.output - reference).max() / np.sqrt(np.mean(np.square(reference)))
+                if not error < AGREEMENT:
+                    failed[name] = f"its output is off by {error:.1e}"
+                    found.pop(name).close()
+
+        def seconds(name: str, clock) -> float:
+            try:
+                return found[name].seconds(clock)
+            except ContenderError as error:
+                failed[name] = str(error)
+                return float("inf")
+
+        times = alternate({name: functools.partial(seconds, name) for name in found}, rounds, clock, _call)
+    finally:
+        for contender in found.values():
+            contender.close()
     medians = {name: statistics.median(values) for name, values in times.items()}
     sgemm = 2 * MATRIX**3 / medians["sgemm"]
     results = {
@@ -93,22 +104,34 @@ def measure(case, rounds: int, wanted, clock, memory: dict[str, int | None]) -> 
             "seconds": medians[name],
             "least": min(times[name]),
             "most": max(times[name]),
-            "percent": 100 * case.flops / medians[name] / sgemm,
-            "preparation": preparation[name],
-            "bytes": memory.get(name),
+            "percent": 100 * flops / medians[name] / sgemm,
+            "preparation": contender.preparation,
+            "bytes": contender.peak,
         }
-        for name in runs
+        for name, contender in found.items()
+        if name != "sgemm" and name not in failed
     }
     return {
         "model": case.model,
         "size": case.size,
         "batch": case.batch,
         "training": case.training,
-        "gflop": case.flops / 1e9,
+        "gflop": flops / 1e9,
         "sgemm_gflops": sgemm / 1e9,
         "contenders": results,
         "failed": failed,
     }
+
+
+def _call(seconds, clock) -> float:
+    return seconds(clock)
+
+
+def _matrix_product():
+    import torch
+
+    matrix = torch.randn(MATRIX, MATRIX)
+    return lambda: torch.matmul(matrix, matrix)[0, 0].item()
 
 
 def show(console: Console, name: str, measured: dict) -> None:
@@ -148,16 +171,13 @@ def run_with(threads: int, arguments: argparse.Namespace) -> dict:
     clock = time.process_time if arguments.cpu_time else time.perf_counter
     report = {"threads": threads, "results": []}
     settings = [(model, each) for model in arguments.models for part in arguments.parts for each in PARTS[part]]
-    memory = []
-    for model, options in settings if arguments.memory else ():  # before anything is computed here
-        contenders = ModelCase(model, **options).contenders()
-        memory.append({name: peak_memory(make) for name, make in contenders.items() if is_wanted(arguments, name)})
-    for number, (model, options) in enumerate(settings):
-        torch.compiler.reset()
-        case, of_case = ModelCase(model, **options), memory[number] if memory else {}
-        measured = measure(case, arguments.rounds, functools.partial(is_wanted, arguments), clock, of_case)
+    for model, options in settings:
+        case = ModelCase(model, **options)
+        measured = measure(case, arguments.rounds, functools.partial(is_wanted, arguments), clock)
         show(console, case.name, measured)
         report["results"].append(measured)
+        if arguments.json:  # the next cases take long
+            arguments.json.write_text(json.dumps([report], indent=1))
     return report
 
 
@@ -214,7 +234,6 @@ def main() -> None:
     parser.add_argument(
         "--cpu-time", action="store_true", help="time of the processor: with one thread, on a machine that others use"
     )
-    parser.add_argument("--memory", action="store_true", help="the peak memory of each contender, too")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures there too")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="draw the times of 224 px there")
     arguments = parser.parse_args()

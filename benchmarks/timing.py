@@ -37,7 +37,10 @@ def seconds_of(run: Callable, clock: Clock = time.perf_counter) -> float:
 
 
 def alternate(
-    contenders: Mapping[str, Callable], rounds: int, clock: Clock = time.perf_counter
+    contenders: Mapping[str, Callable],
+    rounds: int,
+    clock: Clock = time.perf_counter,
+    measure: Callable[[Callable, Clock], float] = seconds_of,
 ) -> dict[str, list[float]]:
     """Returns the seconds of each contender in each round; slow ones take part in the first rounds only."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -45,5 +48,5 @@ def alternate(
         for name, run in contenders.items():
             if number >= ROUNDS_OF_SLOW and statistics.median(times[name]) > SLOW:
                 continue
-            times[name].append(seconds_of(run, clock))
+            times[name].append(measure(run, clock))
     return times

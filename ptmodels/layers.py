@@ -14,12 +14,20 @@ from ptmodels.ops import neighborhood_attention
 from ptmodels.synchronized_batch_norm import SynchronizedNormalization, batch_statistics
 
 
+def _gelu(x: torch.Tensor) -> torch.Tensor:
+    """The same at once for channels-last maps, as (B, H, W, C): torch's fast kernel is for contiguous tensors alone."""
+    as_it_is = x.ndim != 4 or torch.compiler.is_compiling() or x.is_contiguous()
+    if as_it_is or not x.is_contiguous(memory_format=torch.channels_last):
+        return functional.gelu(x)
+    return functional.gelu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     return functional.gelu(x, approximate="tanh")
 
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "gelu": functional.gelu,
+    "gelu": _gelu,
     "gelu_new": _gelu_tanh,
     "gelu_pytorch_tanh": _gelu_tanh,
     "relu": functional.relu,
