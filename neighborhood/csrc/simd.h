@@ -251,7 +251,8 @@ inline Vector<T> exponential(Vector<T> x) {
   const Vector<T> shifted = x * T(1.4426950408889634) + F::kRounder;
   const Vector<T> n = shifted - F::kRounder;
   const Vector<T> p = exp_polynomial((x - n * F::kLog2High) - n * F::kLog2Low);
-  return (Vector<T>)((Integers<T>)p + ((Integers<T>)shifted << F::kMantissa));  // the rounder is shifted out
+  const Integers<T> exponent = (Integers<T>)shifted - (Integers<T>)splat(F::kRounder) + F::kExponentBias;
+  return p * (Vector<T>)(exponent << F::kMantissa);
 }
 
 // log(x) for finite x >= 1; NaN gives NaN.
