@@ -48,12 +48,13 @@ class Contender:
         Raises:
             ContenderError: a run fails.
         """
-        self._pipe.send(clock)
+        with contextlib.suppress(OSError):  # it has ended, as what is received says
+            self._pipe.send(clock)
         seconds, self.peak = self._receive()
         return seconds
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # it has ended already
+        with contextlib.suppress(OSError):
             self._pipe.send(None)  # processes forked later hold this end too, so that closing it says nothing
         self._pipe.close()
         self._process.join()
@@ -61,7 +62,7 @@ class Contender:
     def _receive(self) -> Any:
         try:
             answer = self._pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             answer = "its process ended; perhaps it asked for more memory than there is"
         if isinstance(answer, str):
             self.close()

@@ -63,3 +63,17 @@ for attempt in (lambda: Contender(fails), lambda: Contender(make).seconds(time.p
         print(error)
 """
     assert run(body) == [message, message, ""]
+
+
+def test_one_that_the_system_ends_is_told_each_time():
+    body = """
+contender = Contender(lambda: lambda: 1)
+contender._process.kill()
+contender._process.join()
+for _ in range(2):
+    try:
+        contender.seconds(time.perf_counter)
+    except ContenderError as error:
+        print(error)
+"""
+    assert run(body) == ["its process ended; perhaps it asked for more memory than there is"] * 2 + [""]
