@@ -93,7 +93,7 @@ def measure(case, rounds: int, wanted, clock) -> dict:
                 failed[name] = str(error)
                 return float("inf")
 
-        times = alternate({name: functools.partial(seconds, name) for name in found}, rounds, clock, _call)
+        times = alternate({name: name for name in found}, rounds, clock, seconds)
     finally:
         for contender in found.values():
             contender.close()
@@ -121,10 +121,6 @@ def measure(case, rounds: int, wanted, clock) -> dict:
         "contenders": results,
         "failed": failed,
     }
-
-
-def _call(seconds, clock) -> float:
-    return seconds(clock)
 
 
 def _matrix_product():

@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 MATRIX = 1536
 ROUNDS_OF_SLOW = 3  # of what takes longer than SLOW seconds
@@ -37,12 +38,12 @@ def seconds_of(run: Callable, clock: Clock = time.perf_counter) -> float:
 
 
 def alternate(
-    contenders: Mapping[str, Callable],
+    contenders: Mapping[str, Any],
     rounds: int,
     clock: Clock = time.perf_counter,
-    measure: Callable[[Callable, Clock], float] = seconds_of,
+    measure: Callable[[Any, Clock], float] = seconds_of,
 ) -> dict[str, list[float]]:
-    """Returns the seconds of each contender in each round; slow ones take part in the first rounds only."""
+    """Returns the seconds of each contender in each round, by `measure`; slow ones take part in the first only."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds):
         for name, run in contenders.items():

@@ -50,12 +50,10 @@ def check_arguments(
 
 
 def _fits(shape: Sequence[Size], expected: Sequence[Size]) -> bool:
-    return (
-        shape == expected
-        or len(shape) == len(expected)
-        and all(  # the former costs less, where all is known
-            size == other for size, other in zip(shape, expected, strict=True) if size is not None and other is not None
-        )
+    if shape == expected:  # what follows takes as long as attention of a small map
+        return True
+    return len(shape) == len(expected) and all(
+        size == other for size, other in zip(shape, expected, strict=True) if size is not None and other is not None
     )
 
 
