@@ -17,7 +17,7 @@ from modelspec.configs import get_variant, list_models
 from parity import halves
 from parity.certificate import digest_config, write_certificate
 from parity.choices import DEFAULT_LEVELS, DTYPES, LEVELS, WIDE_LEVELS
-from parity.environment import describe_environment, exact_arithmetic, without_onednn
+from parity.environment import describe_environment, exact_arithmetic
 from parity.errors import ComparisonError, naming_failures
 from parity.halves import Arrays, import_frameworks
 from parity.layers import (
@@ -32,6 +32,7 @@ from parity.layers import (
     worst_of,
 )
 from parity.levels import FORWARD_KINDS, FURTHER_LEVELS, Task, compare_recorded, forward_calls
+from parity.onednn import outputs_without_onednn
 from parity.photograph import Photograph, pixel_values, read_photograph
 from parity.recorded_runs import RecordedRun, read_run, require_same_weights, write_run
 from parity.report import ModelReport, Report, Row, WorstArray
@@ -265,13 +266,13 @@ def _forward(
         rows += found
         worst = worst_of(worst, mine)
     rows = judge_balance(rows, outputs, FORWARD_KINDS)
-    if any(row.half == "torch" and row.agreement.failure == "balance" for row in rows):
-        on_run(len(task.runs) - 1, "torch float32 without oneDNN")
-        with naming_failures(f"{name}: the torch half failed in float32 without oneDNN"), without_onednn():
-            again, arrays = compare_outputs(name, tap("torch", dtype="float32"), ("torch", "float32"), reference)
-        keras = [row for row in rows if row.half == "keras"]
-        again = judge_balance([*again, *keras], outputs | {("torch", "float32"): arrays}, FORWARD_KINDS)
-        rows, excused = excuse_imbalance(rows, again)
+    for half in dict.fromkeys(row.half for row in rows if row.agreement.failure == "balance"):
+        on_run(len(task.runs) - 1, f"{half} float32 without oneDNN")
+        run = (half, "float32")
+        with naming_failures(f"{name}: the {half} half failed in float32 without oneDNN"):
+            of_half = outputs_without_onednn(half, config, task.weights, task.images, calls)
+        again = compare_outputs(name, of_half, run, reference) + [row for row in rows if row.half != half]
+        rows, excused = excuse_imbalance(rows, judge_balance(again, outputs | {run: of_half}, FORWARD_KINDS), half)
         reference.notes += excused
     halves.forget_models()
     return rows, worst, reference

@@ -60,17 +60,3 @@ def exact_arithmetic() -> Iterator[None]:
             place.allow_tf32 = value
         if in_tensorflow:
             tf.config.experimental.enable_tensor_float_32_execution(True)
-
-
-@contextlib.contextmanager
-def without_onednn() -> Iterator[None]:
-    """Has torch compute convolutions on CPUs by its own matrix products instead of with oneDNN."""
-    import torch
-
-    onednn: Any = torch.backends.mkldnn
-    kept = onednn.enabled
-    onednn.enabled = False
-    try:
-        yield
-    finally:
-        onednn.enabled = kept

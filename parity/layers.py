@@ -182,7 +182,8 @@ def compare_pass(
         The rows, the arrays by level for `judge_balance`, and the layer with the largest difference.
     """
     dtype, worst = run[1], None
-    rows, outputs = compare_outputs(model, tap, run, reference, strict=strict)
+    outputs = {level: tap.run(**options) for level, options in reference.calls.items()}
+    rows = compare_outputs(model, outputs, run, reference, strict=strict)
     for mode in MODES:
         comparing = _comparing(reference, mode, dtype if strict else None, dtype, names)
         if comparing is not None:
@@ -194,20 +195,19 @@ def compare_pass(
 
 
 def compare_outputs(
-    model: str, tap: Runnable, run: Run, reference: Reference, *, strict: bool = True
-) -> tuple[list[Row], dict[str, Arrays]]:
-    """Compares what the calls of the reference give, without a look at layers; as `compare_pass` otherwise."""
+    model: str, outputs: Mapping[str, Arrays], run: Run, reference: Reference, *, strict: bool = True
+) -> list[Row]:
+    """Compares what the calls of the reference gave, `outputs` by level; as `compare_pass` otherwise."""
     half, dtype = run
-    rows, outputs = [], {}
-    for level, options in reference.calls.items():
-        actual = outputs[level] = tap.run(**options)
+    rows = []
+    for level, actual in outputs.items():
         for name, agreement in _compare_outputs(level, actual, reference.outputs[level], BOUNDS[dtype]).items():
             if strict and name in actual and actual[name].dtype != dtype:
                 agreement = failed(agreement.tolerance, "dtype", f"dtype {actual[name].dtype} in a {dtype} model")
             if name == "logits" and agreement.failure not in ("shape", "missing"):
                 agreement = _with_top_k(agreement, actual[name], reference.outputs[level][name])
             rows.append(Row(model, level, name, dtype, _judge_rounding(agreement, reference, dtype, name), half))
-    return rows, outputs
+    return rows
 
 
 def _comparing(
@@ -309,15 +309,17 @@ def _balanced(mine: Agreement, theirs: Agreement, size: int, other_half: str) ->
     return dataclasses.replace(mine, passed=False, failure="balance", reason=reason)
 
 
-def excuse_imbalance(rows: list[Row], again: list[Row]) -> tuple[list[Row], list[str]]:
-    """Passes rows of torch that only the order in which oneDNN sums makes less exact than Keras'.
+def excuse_imbalance(rows: list[Row], again: list[Row], half: str) -> tuple[list[Row], list[str]]:
+    """Passes rows that only the order in which oneDNN sums makes less exact than the other half's.
 
-    On processors without AVX-512 oneDNN adds the terms of a convolution up one after the other, which rounds several
-    times as much as matrix products in blocks do. A model that is balanced without oneDNN leaks no precision itself.
+    Depending on the processor and on shapes, oneDNN adds the terms of a convolution or of a matrix product up one after
+    the other, which rounds several times as much as sums in blocks do. A model that is balanced without oneDNN leaks no
+    precision itself.
 
     Args:
         rows: judged by `judge_balance`.
-        again: the same rows with torch computing without oneDNN, judged likewise.
+        again: the same rows with the half computing without oneDNN, judged likewise.
+        half: whose rows to judge again.
 
     Returns:
         The rows, and a note for the report if any was excused.
@@ -326,14 +328,15 @@ def excuse_imbalance(rows: list[Row], again: list[Row]) -> tuple[list[Row], list
     judged, excused = [], []
     for row in rows:
         key = (row.half, row.level, row.name, row.dtype)
-        if row.half == "torch" and row.agreement.failure == "balance" and key in passed:
+        if row.half == half and row.agreement.failure == "balance" and key in passed:
             excused.append(row.name)
             row = dataclasses.replace(
                 row, agreement=dataclasses.replace(row.agreement, passed=True, failure="", reason="")
             )
         judged.append(row)
     names = ", ".join(dict.fromkeys(excused))
-    note = f"{names}: torch is further from the reference than Keras for the way oneDNN sums; without it, it is not."
+    other = "keras" if half == "torch" else "torch"
+    note = f"{names}: {half} is further from the reference than {other} for the way oneDNN sums; without it, it is not."
     return judged, [note] if excused else []
 
 
