@@ -19,6 +19,7 @@ import numpy as np
 from modelspec.configs import ModelConfig
 from modelspec.configs.base import config_from_dict
 from parity import halves
+from parity.errors import ComparisonError, naming_failures
 from parity.halves import Arrays
 
 Calls = dict[str, dict[str, Any]]  # level -> options of the forward pass
@@ -112,4 +113,8 @@ def _read(path: Path) -> Arrays:
 
 
 if __name__ == "__main__":
-    _main(Path(sys.argv[1]))
+    try:
+        with naming_failures("in a fresh process"):
+            _main(Path(sys.argv[1]))
+    except ComparisonError as failure:
+        sys.exit(str(failure))  # its last line
