@@ -18,7 +18,7 @@ def threads_in_words(threads: int) -> str:
 
 
 def seconds_of(run: Callable, clock: Clock = time.perf_counter) -> float:
-    """The mean over as many calls as fit into a few hundredths of a second, after one that fills the caches.
+    """The mean over as many calls as fit into a tenth of a second, after one that fills the caches.
 
     Args:
         run: what is timed.
@@ -30,7 +30,7 @@ def seconds_of(run: Callable, clock: Clock = time.perf_counter) -> float:
     first = clock() - begin
     if first > SLOW:  # caches hold a small part of what such a call goes through
         return first
-    calls = max(1, int(0.03 / max(first, 1e-6)))
+    calls = max(1, int(0.1 / max(first, 1e-6)))
     begin = clock()
     for _ in range(calls):
         run()

@@ -73,6 +73,14 @@ class Dense(keras.layers.Dense):
         super().__init__(out_features, use_bias=use_bias, kernel_initializer="zeros")
         self.build((None, in_features))
 
+    def call(self, inputs, training=None):
+        if len(inputs.shape) == 2:
+            return super().call(inputs, training=training)
+        # of two axes, since TensorFlow adds the bias within a product only if nothing is reshaped between them
+        *leading, in_features = ops.shape(inputs)
+        outputs = super().call(ops.reshape(inputs, (-1, in_features)), training=training)
+        return ops.reshape(outputs, (*leading, self.units))
+
 
 class Conv2D(keras.layers.Conv2D):
     """Convolution with explicit zero padding on all sides, which Keras' "same" does not do for strides.

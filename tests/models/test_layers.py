@@ -144,6 +144,22 @@ def test_half_precision_keeps_float32_statistics(dtype):
     np.testing.assert_allclose(ours.moving_variance, theirs.running_var, rtol=0.02)
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 7), (2, 3, 5, 7), (None, 5, 7), (None, None, None, 7), (2, 7)])
+def test_dense_lets_tensorflow_add_the_bias_within_the_product(shape):
+    layer = tfmodels.layers.Dense(7, 4)
+    layer.kernel.assign(np.random.default_rng(0).standard_normal((7, 4)))
+    layer.bias.assign(np.arange(4))
+    call = tf.function(layer, input_signature=[tf.TensorSpec(shape, tf.float32)])
+    operations = call.get_concrete_function().graph.get_operations()
+    (bias_add,) = (operation for operation in operations if operation.type == "BiasAdd")
+    assert bias_add.inputs[0].op.type == "MatMul"  # with nothing between, what grappler fuses
+    x = np.random.default_rng(1).standard_normal([size or 3 for size in shape], np.float32)
+    y = call(tf.constant(x)).numpy()
+    assert y.shape == (*x.shape[:-1], 4)
+    np.testing.assert_allclose(y, x @ layer.kernel.numpy() + layer.bias.numpy(), rtol=1e-5, atol=1e-5)
+    assert layer.compute_output_shape(shape) == (*shape[:-1], 4)
+
+
 def test_layer_normalization():
     ours, theirs = tfmodels.layers.LayerNormalization(6, epsilon=1e-6), nn.LayerNorm(6, eps=1e-6).double()
     x = 1e-3 * drawn(2, 5, 6)  # so small that the epsilon shows
