@@ -17,8 +17,19 @@ from tfmodels.replicas import draw_uniform, moments_of_all_replicas, num_replica
 
 
 def _gelu(x):
-    # Keras' exact GELU holds a float32 constant, 5e-9 off in float64; and ONNX exporters know erf, not erfc
-    return 0.5 * x * (1.0 + ops.erf(x * 0.5**0.5))
+    # Keras' exact GELU holds a float32 constant, 5e-9 off in float64; and ONNX exporters know erf, not erfc. Written in
+    # this order, after a product with a bias, and of two axes, TensorFlow computes it within the product.
+    flat = _before_reshape(x)
+    y = flat * (0.5 * (1.0 + ops.erf(flat * 0.5**0.5)))
+    return y if flat is x else ops.reshape(y, ops.shape(x))
+
+
+def _before_reshape(x):
+    """Returns the (rows, features) that `_product` has just given its axes back, in a graph of TensorFlow; else `x`."""
+    operation = getattr(x, "op", None)  # eager tensors have none
+    if operation is None or operation.type != "Reshape" or operation.inputs[0].op.type != "BiasAdd":
+        return x
+    return operation.inputs[0] if len(operation.inputs[0].shape) == 2 else x
 
 
 def _gelu_tanh(x):
@@ -74,12 +85,24 @@ class Dense(keras.layers.Dense):
         self.build((None, in_features))
 
     def call(self, inputs, training=None):
-        if len(inputs.shape) == 2:
-            return super().call(inputs, training=training)
-        # of two axes, since TensorFlow adds the bias within a product only if nothing is reshaped between them
-        *leading, in_features = ops.shape(inputs)
-        outputs = super().call(ops.reshape(inputs, (-1, in_features)), training=training)
-        return ops.reshape(outputs, (*leading, self.units))
+        return _product(lambda rows: super(Dense, self).call(rows, training=training), inputs)
+
+
+def _product(call, inputs):
+    """Calls a matrix product with rows, since TensorFlow adds a bias within it only if no reshaping is between them.
+
+    Args:
+        call: (rows, in_features) -> (rows, out_features).
+        inputs: (..., in_features).
+
+    Returns:
+        (..., out_features).
+    """
+    if len(inputs.shape) == 2:
+        return call(inputs)
+    *leading, in_features = ops.shape(inputs)
+    outputs = call(ops.reshape(inputs, (-1, in_features)))
+    return ops.reshape(outputs, (*leading, outputs.shape[-1]))
 
 
 class Conv2D(keras.layers.Conv2D):
@@ -110,7 +133,13 @@ class Conv2D(keras.layers.Conv2D):
         self.build((None, None, None, in_channels))
 
     def call(self, x):
+        if self.kernel_size == self.strides == (1, 1) and self.zero_padding == 0:
+            return _product(self._call_with_rows, x)
         return super().call(_zero_pad(x, self.zero_padding))
+
+    def _call_with_rows(self, rows):
+        y = ops.matmul(rows, ops.reshape(self.kernel, self.kernel.shape[2:]))
+        return ops.add(y, self.bias) if self.use_bias else y
 
 
 class DepthwiseConv2D(keras.layers.DepthwiseConv2D):

@@ -160,6 +160,28 @@ def test_dense_lets_tensorflow_add_the_bias_within_the_product(shape):
     assert layer.compute_output_shape(shape) == (*shape[:-1], 4)
 
 
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (tfmodels.layers.Dense(7, 4), (2, 5, 7)),
+        (tfmodels.layers.Dense(7, 4), (None, None, None, 7)),
+        (tfmodels.layers.Conv2D(7, 4, kernel_size=1), (2, 3, 5, 7)),
+        (tfmodels.layers.Conv2D(7, 4, kernel_size=1), (None, None, None, 7)),
+    ],
+)
+def test_gelu_follows_the_bias_with_nothing_between(layer, shape):
+    layer.set_weights([np.random.default_rng(0).standard_normal(each.shape) for each in layer.weights])
+    gelu = tfmodels.layers.get_activation("gelu")
+    call = tf.function(lambda x: gelu(layer(x)), input_signature=[tf.TensorSpec(shape, tf.float32)])
+    (erf,) = (each for each in call.get_concrete_function().graph.get_operations() if each.type == "Erf")
+    assert erf.inputs[0].op.inputs[0].op.type == "BiasAdd"  # its argument is that times a constant
+    x = np.random.default_rng(1).standard_normal([size or 3 for size in shape], np.float32)
+    kernel, bias = layer.get_weights()
+    wanted = nn.functional.gelu(torch.from_numpy(x @ kernel.reshape(7, 4) + bias))
+    np.testing.assert_allclose(call(tf.constant(x)), wanted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(gelu(layer(x)), wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_layer_normalization():
     ours, theirs = tfmodels.layers.LayerNormalization(6, epsilon=1e-6), nn.LayerNorm(6, eps=1e-6).double()
     x = 1e-3 * drawn(2, 5, 6)  # so small that the epsilon shows
