@@ -18,6 +18,7 @@ from modelspec.exports import INPUT, onnx_file
 from modelspec.images import ImageProcessor
 from neighborhood.choice import prefer
 from tfmodels import ops
+from tfmodels.layers import plain_products
 from tfmodels.pretrained import TFPreTrainedModel
 from tfmodels.serving import image_shape, make_servable
 
@@ -86,7 +87,7 @@ def write_litert(
     """
     module, signatures = make_servable(model, (1, *image_size))
     del signatures["features"]
-    with prefer("composed"), tempfile.TemporaryDirectory(prefix="litert-") as folder:
+    with prefer("composed"), plain_products(), tempfile.TemporaryDirectory(prefix="litert-") as folder:
         tf.saved_model.save(module, folder, signatures=signatures)
         # from the functions themselves, models of Keras silently become NaN
         converter = tf.lite.TFLiteConverter.from_saved_model(folder)
@@ -118,7 +119,7 @@ def _to_onnx(serve: tf.types.experimental.PolymorphicFunction):
     """Returns an `onnx.ModelProto`. Of operations that it does not know, tf2onnx says nothing: check it."""
     import tf2onnx
 
-    with _tf2onnx_set_up(), prefer("composed"):
+    with _tf2onnx_set_up(), prefer("composed"), plain_products():
         return tf2onnx.convert.from_function(serve, serve.input_signature, opset=_OPSET)[0]
 
 

@@ -4,7 +4,9 @@ Keras' own layers, told the sizes of their inputs, so that a model has all its v
 and corrected where Keras computes something else than PyTorch. All of them work channels-last.
 """
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -17,10 +19,10 @@ from tfmodels.replicas import draw_uniform, moments_of_all_replicas, num_replica
 
 
 def _gelu(x):
-    # Keras' exact GELU holds a float32 constant, 5e-9 off in float64; and ONNX exporters know erf, not erfc. Written in
-    # this order, after a product with a bias, and of two axes, TensorFlow computes it within the product.
+    # Keras' exact GELU holds a float32 constant, 5e-9 off in float64; and ONNX exporters know erf, not erfc. In
+    # this order LiteRT knows it; after a product with a bias, of two axes, TensorFlow computes it within the product.
     flat = _before_reshape(x)
-    y = flat * (0.5 * (1.0 + ops.erf(flat * 0.5**0.5)))
+    y = 0.5 * flat * (1.0 + ops.erf(flat * 0.5**0.5))
     return y if flat is x else ops.reshape(y, ops.shape(x))
 
 
@@ -85,7 +87,25 @@ class Dense(keras.layers.Dense):
         self.build((None, in_features))
 
     def call(self, inputs, training=None):
+        if not _rows_in_products.get():
+            return super().call(inputs, training=training)
         return _product(lambda rows: super(Dense, self).call(rows, training=training), inputs)
+
+
+_rows_in_products = contextvars.ContextVar("rows_in_products", default=True)
+
+
+@contextlib.contextmanager
+def plain_products() -> Iterator[None]:
+    """Within the context, products are traced with all axes, and 1x1 convolutions as such.
+
+    Converters know these; tf2onnx mistakes the shape of what is reshaped twice.
+    """
+    token = _rows_in_products.set(False)
+    try:
+        yield
+    finally:
+        _rows_in_products.reset(token)
 
 
 def _product(call, inputs):
@@ -133,7 +153,7 @@ class Conv2D(keras.layers.Conv2D):
         self.build((None, None, None, in_channels))
 
     def call(self, x):
-        if self.kernel_size == self.strides == (1, 1) and self.zero_padding == 0:
+        if _rows_in_products.get() and self.kernel_size == self.strides == (1, 1) and self.zero_padding == 0:
             return _product(self._call_with_rows, x)
         return super().call(_zero_pad(x, self.zero_padding))
 
