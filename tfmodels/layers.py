@@ -79,19 +79,6 @@ class LayerWithOutput(keras.layers.Layer):
         return self.output
 
 
-class Dense(keras.layers.Dense):
-    """`y = x W + b`. Input: (..., in_features). Output: (..., out_features)."""
-
-    def __init__(self, in_features: int, out_features: int, use_bias: bool = True):
-        super().__init__(out_features, use_bias=use_bias, kernel_initializer="zeros")
-        self.build((None, in_features))
-
-    def call(self, inputs, training=None):
-        if not _rows_in_products.get():
-            return super().call(inputs, training=training)
-        return _product(lambda rows: super(Dense, self).call(rows, training=training), inputs)
-
-
 _rows_in_products = contextvars.ContextVar("rows_in_products", default=True)
 
 
@@ -123,6 +110,19 @@ def _product(call, inputs):
     *leading, in_features = ops.shape(inputs)
     outputs = call(ops.reshape(inputs, (-1, in_features)))
     return ops.reshape(outputs, (*leading, outputs.shape[-1]))
+
+
+class Dense(keras.layers.Dense):
+    """`y = x W + b`. Input: (..., in_features). Output: (..., out_features)."""
+
+    def __init__(self, in_features: int, out_features: int, use_bias: bool = True):
+        super().__init__(out_features, use_bias=use_bias, kernel_initializer="zeros")
+        self.build((None, in_features))
+
+    def call(self, inputs, training=None):
+        if not _rows_in_products.get():
+            return super().call(inputs, training=training)
+        return _product(lambda rows: super(Dense, self).call(rows, training=training), inputs)
 
 
 class Conv2D(keras.layers.Conv2D):
