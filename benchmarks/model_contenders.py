@@ -54,6 +54,11 @@ class ModelCase:
     def is_neighborhood(self) -> bool:
         return self.family in ("nat", "dinat")
 
+    @property
+    def apart(self) -> set[str]:
+        """Contenders of some 12 GB, which TensorFlow keeps between calls: each is timed without the rest."""
+        return {"keras dense", "keras gather"} if self.training else set()
+
     def contenders(self) -> dict[str, Callable[[], Run]]:
         """Returns name -> what makes the contender; the first is the reference of the others' outputs."""
         found: dict[str, Callable[[], Run]] = {"torch": self.run_torch, "keras": self.run_keras}

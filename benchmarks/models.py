@@ -12,7 +12,8 @@ ONNX Runtime runs the torch half's export, LiteRT the Keras half's. `folded` is 
 In every round each contender runs for a moment, and a matrix product too: medians over rounds treat all alike. Outputs
 are compared first, so that all do the same work, in float32. Percentages are of the matrix product's rate in the same
 rounds, with as many threads, and count useful work. Each contender has a process of its own; its memory is what that
-holds at most while it runs, less what it held before (`benchmarks.processes`).
+holds at most while it runs, less what it held before (`benchmarks.processes`). What would leave the others no memory
+while it waits, Keras' training with another operator, comes after them, in rounds with `torch` alone.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -60,43 +62,80 @@ AGREEMENT = 1e-3  # of the rms of the logits, or of the loss: none computes some
 
 
 def measure(case, rounds: int, wanted, clock) -> dict:
-    """Returns sgemm's rate and, per contender, median, least and most seconds, percent of sgemm, and bytes."""
-    import numpy as np
+    """Returns sgemm's rate and, per contender, median, least and most seconds, percent of sgemm, and bytes.
 
+    Raises:
+        ContenderError: our PyTorch half, the reference, cannot do this case.
+    """
     found: dict[str, Contender] = {}
     failed: dict[str, str] = {}
+    flops = _run_once(lambda: lambda: case.flops)
+    makers = case.contenders()
     try:
-        for name, make in {"flops": lambda: lambda: case.flops, "sgemm": _matrix_product, **case.contenders()}.items():
-            if "torch" in found and not wanted(name):
-                continue
-            try:
-                contender = Contender(make)
-            except ContenderError as error:  # a peer that cannot do this case
-                failed[name] = str(error)
-                continue
-            if name == "flops":
-                flops = contender.output
-                contender.close()
-                continue
-            found[name] = contender
-            if name != "sgemm" and not name.endswith("operator alone"):
-                reference = found["torch"].output
-                error = np.abs(contender.output - reference).max() / np.sqrt(np.mean(np.square(reference)))
-                if not error < AGREEMENT:
-                    failed[name] = f"its output is off by {error:.1e}"
-                    found.pop(name).close()
-
-        def seconds(name: str, clock) -> float:
-            try:
-                return found[name].seconds(clock)
-            except ContenderError as error:
-                failed[name] = str(error)
-                return float("inf")
-
-        times = alternate({name: name for name in found}, rounds, clock, seconds)
+        found["sgemm"] = Contender(_matrix_product)
+        found["torch"] = Contender(makers.pop("torch"))
+        makers = {name: make for name, make in makers.items() if wanted(name)}
+        for name, make in makers.items():
+            if name not in case.apart:
+                _add(name, make, found, failed)
+        results, sgemm = _time(found, failed, flops, rounds, clock)
+        for name in [name for name in makers if name in case.apart]:
+            for other in found.keys() - {"sgemm", "torch"}:
+                found.pop(other).close()
+            _add(name, makers[name], found, failed)
+            if name in found:
+                results[name] = _time(found, failed, flops, rounds, clock)[0][name]
     finally:
         for contender in found.values():
             contender.close()
+    return {
+        "model": case.model,
+        "size": case.size,
+        "batch": case.batch,
+        "training": case.training,
+        "gflop": flops / 1e9,
+        "sgemm_gflops": sgemm / 1e9,
+        "contenders": {name: result for name, result in results.items() if name not in failed},
+        "failed": failed,
+    }
+
+
+def _run_once(make) -> Any:
+    """Returns what a contender's run gives; in a process of its own, as this one must compute nothing."""
+    contender = Contender(make)
+    contender.close()
+    return contender.output
+
+
+def _add(name: str, make, found: dict[str, Contender], failed: dict[str, str]) -> None:
+    """Makes a contender, which is then either among those found or those that failed."""
+    import numpy as np
+
+    try:
+        contender = Contender(make)
+    except ContenderError as error:  # a peer that cannot do this case
+        failed[name] = str(error)
+        return
+    found[name] = contender
+    if not name.endswith("operator alone"):
+        reference = found["torch"].output
+        error = np.abs(contender.output - reference).max() / np.sqrt(np.mean(np.square(reference)))
+        if not error < AGREEMENT:
+            failed[name] = f"its output is off by {error:.1e}"
+            found.pop(name).close()
+
+
+def _time(found: dict[str, Contender], failed: dict[str, str], flops: int, rounds: int, clock) -> tuple[dict, float]:
+    """Times all in alternating rounds; returns a result for each, and sgemm's rate."""
+
+    def seconds(name: str, clock) -> float:
+        try:
+            return found[name].seconds(clock)
+        except ContenderError as error:
+            failed[name] = str(error)
+            return float("inf")
+
+    times = alternate({name: name for name in found}, rounds, clock, seconds)
     medians = {name: statistics.median(values) for name, values in times.items()}
     sgemm = 2 * MATRIX**3 / medians["sgemm"]
     results = {
@@ -109,18 +148,9 @@ def measure(case, rounds: int, wanted, clock) -> dict:
             "bytes": contender.peak,
         }
         for name, contender in found.items()
-        if name != "sgemm" and name not in failed
+        if name != "sgemm"
     }
-    return {
-        "model": case.model,
-        "size": case.size,
-        "batch": case.batch,
-        "training": case.training,
-        "gflop": flops / 1e9,
-        "sgemm_gflops": sgemm / 1e9,
-        "contenders": results,
-        "failed": failed,
-    }
+    return results, sgemm
 
 
 def _matrix_product():

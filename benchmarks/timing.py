@@ -1,5 +1,6 @@
 """How contenders are timed: in rounds in which each runs for a moment, so that a clock that swings meets all alike."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -43,10 +44,14 @@ def alternate(
     clock: Clock = time.perf_counter,
     measure: Callable[[Any, Clock], float] = seconds_of,
 ) -> dict[str, list[float]]:
-    """Returns the seconds of each contender in each round, by `measure`; slow ones take part in the first only."""
+    """Returns the seconds of each contender in each round, by `measure`; slow ones take part in the first only.
+
+    Each round has an order of its own, as what a contender meets depends on the one before it.
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
+    order = random.Random(0)
     for number in range(rounds):
-        for name, run in contenders.items():
+        for name, run in order.sample(list(contenders.items()), len(contenders)):
             if number >= ROUNDS_OF_SLOW and statistics.median(times[name]) > SLOW:
                 continue
             times[name].append(measure(run, clock))
