@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import ptmodels
 from benchmarks.shifted_windows import ShiftedWindowAttention
-from benchmarks.timing import alternate, threads_in_words
+from benchmarks.timing import alternate, keep_memory, threads_in_words
 from modelspec.configs import get_config
 from ptmodels.layers import NeighborhoodAttention2D
 from ptmodels.swiftformer import SwiftFormerEfficientAdditiveAttention
@@ -155,6 +155,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures there too")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")  # of peers
+    keep_memory()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     console = Console(width=max(100, Console().width))

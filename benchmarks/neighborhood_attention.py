@@ -27,7 +27,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.timing import MATRIX, alternate, threads_in_words
+from benchmarks.timing import MATRIX, alternate, keep_memory, threads_in_words
 
 # heads, height, width, kernel size, dilation, head_dim
 CASES = [
@@ -128,6 +128,7 @@ def run_with(threads: int, arguments: argparse.Namespace) -> dict:
     from neighborhood import native
 
     warnings.simplefilter("ignore")  # of peers
+    keep_memory()
     torch.set_num_threads(threads)
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(1)

@@ -9,9 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.timing import Clock, seconds_of
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+from benchmarks.timing import Clock, keep_memory, seconds_of
 
 
 class ContenderError(RuntimeError):
@@ -74,7 +72,7 @@ class Contender:
 
 def _serve(make: Callable[[], Callable], pipe) -> None:
     """Sends (output, seconds) and then, whenever a clock comes, (seconds, bytes); or a text on what went wrong."""
-    _keep_memory()
+    keep_memory()
     before = _resident()["VmRSS"]
     try:
         begin = time.perf_counter()
@@ -90,17 +88,6 @@ def _serve(make: Callable[[], Callable], pipe) -> None:
             pipe.send((seconds, peak))
     except Exception as error:
         pipe.send((str(error).strip() or type(error).__name__).splitlines()[0])
-
-
-def _keep_memory() -> None:
-    """Has malloc keep what is freed during a run, whatever was freed before it.
-
-    By itself it gives back all beyond twice the largest block it has seen freed: who had once loaded a large file would
-    keep its memory, who had not would ask the system for it in every call, a quarter of a small model's time.
-    """
-    malloc = ctypes.CDLL(None)
-    malloc.mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the most that is allowed
-    malloc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _release_memory() -> None:

@@ -21,17 +21,19 @@ from tfmodels.replicas import draw_uniform, moments_of_all_replicas, num_replica
 def _gelu(x):
     # Keras' exact GELU holds a float32 constant, 5e-9 off in float64; and ONNX exporters know erf, not erfc. In
     # this order LiteRT knows it; after a product with a bias, of two axes, TensorFlow computes it within the product.
-    flat = _before_reshape(x)
+    reshape = _reshape_of_product(x)
+    flat = x if reshape is None else reshape.inputs[0]
     y = 0.5 * flat * (1.0 + ops.erf(flat * 0.5**0.5))
-    return y if flat is x else ops.reshape(y, ops.shape(x))
+    # asking x for its shape would keep x, and then nothing is computed within the product
+    return y if reshape is None else ops.reshape(y, reshape.inputs[1])
 
 
-def _before_reshape(x):
-    """Returns the (rows, features) that `_product` has just given its axes back, in a graph of TensorFlow; else `x`."""
+def _reshape_of_product(x):
+    """Returns the operation of a graph in which `_product` gave (rows, features) their axes back; or None."""
     operation = getattr(x, "op", None)  # eager tensors have none
     if operation is None or operation.type != "Reshape" or operation.inputs[0].op.type != "BiasAdd":
-        return x
-    return operation.inputs[0] if len(operation.inputs[0].shape) == 2 else x
+        return None
+    return operation if len(operation.inputs[0].shape) == 2 else None
 
 
 def _gelu_tanh(x):

@@ -174,7 +174,10 @@ def test_gelu_follows_the_bias_with_nothing_between(layer, shape):
     gelu = tfmodels.layers.get_activation("gelu")
     call = tf.function(lambda x: gelu(layer(x)), input_signature=[tf.TensorSpec(shape, tf.float32)])
     (erf,) = (each for each in call.get_concrete_function().graph.get_operations() if each.type == "Erf")
-    assert erf.inputs[0].op.inputs[0].op.type == "BiasAdd"  # its argument is that times a constant
+    bias_add = erf.inputs[0].op.inputs[0].op  # erf's argument is that times a constant
+    assert bias_add.type == "BiasAdd"
+    (reshape,) = (each for each in bias_add.outputs[0].consumers() if each.type == "Reshape")
+    assert not reshape.outputs[0].consumers()  # else what comes before GELU were wanted too
     x = np.random.default_rng(1).standard_normal([size or 3 for size in shape], np.float32)
     kernel, bias = layer.get_weights()
     wanted = nn.functional.gelu(torch.from_numpy(x @ kernel.reshape(7, 4) + bias))
