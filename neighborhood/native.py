@@ -36,6 +36,7 @@ class _Shape(ctypes.Structure):
             *("batch", "depth", "height", "width", "heads", "head_dim"),
             *("kernel_depth", "kernel_height", "kernel_width"),
             *("dilation_depth", "dilation_height", "dilation_width"),
+            "token_stride",
         )
     ]
 
@@ -58,8 +59,8 @@ def load() -> ctypes.CDLL:
         raise NativeUnavailableError(f"{LIBRARY.name} cannot be loaded: {error}") from error
     pointer, text = ctypes.c_void_p, ctypes.c_char_p
     shape, scale, integer = ctypes.POINTER(_Shape), ctypes.c_double, ctypes.c_int
-    library.neighborhood_forward.argtypes = [integer, shape, *[pointer] * 6, scale, integer]
-    library.neighborhood_backward.argtypes = [integer, shape, *[pointer] * 10, scale, integer]
+    library.neighborhood_forward.argtypes = [integer, shape, *[pointer] * 6, scale, integer, pointer]
+    library.neighborhood_backward.argtypes = [integer, shape, *[pointer] * 10, scale, integer, pointer]
     library.neighborhood_set_instruction_set.argtypes = [text]
     library.neighborhood_set_threads.argtypes = [integer]
     library.neighborhood_set_threads.restype = None
@@ -192,6 +193,8 @@ def run_at(
     dilation: tuple[int, ...],
     scale: float,
     threads: int,
+    token_stride: int = 0,
+    parallel: int | None = None,
 ) -> None:
     """As `forward` and `backward`, for callers that have checked their tensors and know where these lie in memory.
 
@@ -203,15 +206,23 @@ def run_at(
         shape: of query.
         kernel_size, dilation: one per axis.
         scale, threads: as of `forward`.
+        token_stride: elements from one token to the next of query, key, value and their gradients, where these are not
+            contiguous: heads and channels are, and samples, planes and rows follow one another.
+        parallel: address of OpenMP's GOMP_parallel, of a caller whose operations run on OpenMP's threads, too. These
+            look out for more work for a while after each, which would take cores from the library's own threads.
     """
     kernel = getattr(load(), f"neighborhood_{direction}")
-    _raise(kernel(_TYPES[dtype], _shape(shape, kernel_size, dilation), *addresses, scale, threads))
+    _raise(
+        kernel(_TYPES[dtype], _shape(shape, kernel_size, dilation, token_stride), *addresses, scale, threads, parallel)
+    )
 
 
 @functools.lru_cache(maxsize=256)
-def _shape(shape: tuple[int, ...], kernel_size: tuple[int, ...], dilation: tuple[int, ...]) -> _Shape:
+def _shape(
+    shape: tuple[int, ...], kernel_size: tuple[int, ...], dilation: tuple[int, ...], token_stride: int
+) -> _Shape:
     one = (1,) * (MAX_AXES - len(kernel_size))  # a line is a volume of one plane and one row
-    return _Shape(shape[0], *one, *shape[1:], *one, *kernel_size, *one, *dilation)
+    return _Shape(shape[0], *one, *shape[1:], *one, *kernel_size, *one, *dilation, token_stride)
 
 
 class _Call:

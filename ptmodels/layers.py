@@ -10,7 +10,7 @@ from torch.nn import functional
 from modelspec.training import BatchShare
 from neighborhood.attention_layer import check_layer, describe_input
 from neighborhood.windows import PerAxis
-from ptmodels.ops import neighborhood_attention
+from ptmodels.ops import neighborhood_attention_qkvpacked
 from ptmodels.synchronized_batch_norm import SynchronizedNormalization, batch_statistics
 
 
@@ -192,10 +192,10 @@ class NeighborhoodAttention(nn.Module):
         if x.ndim != self.axes + 2 or x.shape[-1] != self.embed_dim:
             raise ValueError(f"x has shape {tuple(x.shape)}; give {describe_input(self.axes, self.embed_dim)}")
         *sizes, _ = x.shape
-        query, key, value = (part.unflatten(-1, (self.num_heads, -1)) for part in self.project(x))
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
         dropout = self.attn_drop if self.training and self.attn_drop.p > 0 else None
-        attended = neighborhood_attention(
-            *(query, key, value, self.kernel_size, self.dilation),
+        attended = neighborhood_attention_qkvpacked(
+            *(qkv, self.kernel_size, self.dilation),
             rel_pos_bias=self.rpb,
             scale=self.qk_scale,
             dropout=dropout,
@@ -205,17 +205,6 @@ class NeighborhoodAttention(nn.Module):
         output, attentions = attended if isinstance(attended, tuple) else (attended, None)
         output = self.proj_drop(self.proj(output.reshape(*sizes, self.embed_dim)))
         return output if attentions is None else (output, attentions)
-
-    def project(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Returns queries, keys and values, each (B, *spatial, embed_dim).
-
-        Of one product for all three, the kernels would need copies.
-        """
-        qkv = self.qkv
-        if type(qkv) is not nn.Linear or qkv._forward_hooks or qkv._forward_pre_hooks:  # somebody put something there
-            return list(qkv(x).chunk(3, dim=-1))
-        biases = (None,) * 3 if qkv.bias is None else qkv.bias.chunk(3)
-        return [functional.linear(x, *parts) for parts in zip(qkv.weight.chunk(3), biases, strict=True)]
 
     def extra_repr(self) -> str:
         return f"kernel_size={self.kernel_size}, dilation={self.dilation}, num_heads={self.num_heads}"

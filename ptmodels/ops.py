@@ -4,7 +4,11 @@ Two implementations: `native`, C++ kernels for the CPU (`neighborhood/csrc`), an
 which runs anywhere. Source: Hassani et al., Neighborhood Attention Transformer, CVPR 2023 (arXiv:2204.07143).
 """
 
+import ctypes
+import functools
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
@@ -114,6 +118,55 @@ def neighborhood_attention(
         RuntimeError: "native" is asked for and cannot be had.
     """
     _check_dtypes(query, key, value, rel_pos_bias)
+    return _attend(
+        None,
+        query,
+        key,
+        value,
+        kernel_size,
+        dilation,
+        rel_pos_bias=rel_pos_bias,
+        scale=scale,
+        dropout=dropout,
+        return_probabilities=return_probabilities,
+        implementation=implementation,
+    )
+
+
+def neighborhood_attention_qkvpacked(
+    qkv: Tensor, kernel_size: PerAxis, dilation: PerAxis = 1, **options: Any
+) -> Tensor | tuple[Tensor, Tensor]:
+    """As `neighborhood_attention` of queries, keys and values that lie beside each other, as one product leaves them.
+
+    The kernels need no copies then: neither of these nor of their gradients.
+
+    Args:
+        qkv: (B, *spatial, 3, heads, head_dim).
+        kernel_size, dilation, options: of `neighborhood_attention`.
+    """
+    if not isinstance(qkv, Tensor):
+        raise TypeError(f"qkv is a {type(qkv).__name__}; give a torch.Tensor")
+    if qkv.ndim < 5 or qkv.shape[-3] != 3:
+        raise ValueError(f"qkv has shape {tuple(qkv.shape)}; give (batch, *spatial, 3, heads, head_dim)")
+    query, key, value = qkv.unbind(-3)
+    _check_dtypes(query, key, value, options.get("rel_pos_bias"))
+    return _attend(qkv, query, key, value, kernel_size, dilation, **options)
+
+
+def _attend(
+    qkv: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: PerAxis,
+    dilation: PerAxis,
+    *,
+    rel_pos_bias: Tensor | None = None,
+    scale: float | None = None,
+    dropout: Callable[[Tensor], Tensor] | None = None,
+    return_probabilities: bool = False,
+    implementation: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
     bias_shape = None if rel_pos_bias is None else rel_pos_bias.shape
     sizes = check_arguments(query.shape, key.shape, value.shape, kernel_size, dilation, bias_shape)
     scale = max(query.shape[-1], 1) ** -0.5 if scale is None else float(scale)
@@ -135,6 +188,8 @@ def neighborhood_attention(
         bias = None if rel_pos_bias is None else rel_pos_bias.to(query.dtype)
         if _is_plain(query, key, value, bias):
             if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, bias)):
+                if qkv is not None:
+                    return _PackedAttention.apply(qkv.contiguous(), bias, *sizes, scale)
                 return _Attention.apply(query, key, value, bias, *sizes, scale)
             return _forward(query, key, value, bias, *sizes, scale, keeps_logsumexp=False)[0]
         return _attention(query, key, value, bias, *map(list, sizes), scale)[0]
@@ -200,30 +255,94 @@ class _Attention(torch.autograd.Function):
         return *grads, grad_bias, None, None, None
 
 
+class _PackedAttention(torch.autograd.Function):
+    """The same of queries, keys and values beside each other, whose gradients are written beside each other, too."""
+
+    @staticmethod
+    def forward(ctx, qkv, rel_pos_bias, kernel_size, dilation, scale):
+        query, key, value = qkv.unbind(-3)
+        output, logsumexp = _forward(query, key, value, rel_pos_bias, kernel_size, dilation, scale)
+        ctx.save_for_backward(qkv, rel_pos_bias, logsumexp)
+        ctx.kernel_size, ctx.dilation, ctx.scale = kernel_size, dilation, scale
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        qkv, rel_pos_bias, logsumexp = ctx.saved_tensors
+        query, key, value = qkv.unbind(-3)
+        tensors = (grad_output, query, key, value, rel_pos_bias, logsumexp)
+        if torch.is_grad_enabled() or not _is_plain(grad_output):
+            *grads, grad_bias = _attention_backward(*tensors, list(ctx.kernel_size), list(ctx.dilation), ctx.scale)
+            return torch.stack(grads, -3), None if rel_pos_bias is None else grad_bias, None, None, None
+        grads = qkv.new_empty(qkv.shape)
+        *_, grad_bias = _find_gradients(*tensors, ctx.kernel_size, ctx.dilation, ctx.scale, grads)
+        return grads, grad_bias, None, None, None
+
+
 def _forward(query, key, value, rel_pos_bias, kernel_size, dilation, scale, keeps_logsumexp=True):
     """Returns the attention and, for the backward, the log-sum-exp of each query's logits (B, *spatial, heads)."""
     output = query.new_empty(query.shape)  # not where torch.set_default_device says
+    token_stride = _token_stride(query, key, value)
+    if not token_stride:
+        query, key, value = (tensor.contiguous() for tensor in (query, key, value))
     logsumexp = query.new_empty(query.shape[:-1], dtype=torch.float64) if keeps_logsumexp else None
-    tensors = (query, key, value, rel_pos_bias, output, logsumexp)
-    _call("forward", tensors, kernel_size, dilation, scale)
+    bias = None if rel_pos_bias is None else rel_pos_bias.contiguous()
+    tensors = (query, key, value, bias, output, logsumexp)
+    _call("forward", tensors, token_stride, kernel_size, dilation, scale)
     return output, logsumexp
 
 
-def _find_gradients(grad_output, query, key, value, rel_pos_bias, logsumexp, kernel_size, dilation, scale):
-    """Returns the gradients of query, key, value and the bias, or None without a bias."""
-    grads = [query.new_empty(query.shape) for _ in range(3)]
+def _find_gradients(grad_output, query, key, value, rel_pos_bias, logsumexp, kernel_size, dilation, scale, packed=None):
+    """Returns the gradients of query, key, value and the bias, or None without a bias.
+
+    With `packed`, of the shape and layout of what query, key and value are views of, the first three are views of it.
+    """
+    token_stride = 0
+    if packed is not None:
+        token_stride, grads = 3 * query.shape[-2] * query.shape[-1], packed.unbind(-3)
+    else:
+        query, key, value = (tensor.contiguous() for tensor in (query, key, value))
+        grads = [query.new_empty(query.shape) for _ in range(3)]
     grad_bias = None if rel_pos_bias is None else query.new_empty(rel_pos_bias.shape)
+    rel_pos_bias, logsumexp, grad_output = (
+        None if tensor is None else tensor.contiguous() for tensor in (rel_pos_bias, logsumexp, grad_output)
+    )
     tensors = (query, key, value, rel_pos_bias, logsumexp, grad_output, *grads, grad_bias)
-    _call("backward", tensors, kernel_size, dilation, scale)
+    _call("backward", tensors, token_stride, kernel_size, dilation, scale)
     return *grads, grad_bias
 
 
-def _call(direction: str, tensors: Sequence[Tensor | None], kernel_size, dilation, scale: float) -> None:
-    tensors = [None if tensor is None else tensor.contiguous() for tensor in tensors]
+def _token_stride(*tensors: Tensor) -> int:
+    """Returns the distance from token to token where tensors are alike and dense but for it, else 0."""
+    shape, strides = tensors[0].shape, tensors[0].stride()
+    if any(tensor.stride() != strides for tensor in tensors) or strides[-2:] != (shape[-1], 1):
+        return 0
+    expected = strides[-3]
+    for size, stride in zip(reversed(shape[:-2]), reversed(strides[:-2]), strict=True):
+        if stride != expected:
+            return 0
+        expected *= size
+    return strides[-3] if strides[-3] >= shape[-2] * shape[-1] else 0
+
+
+@functools.cache
+def _parallel() -> int | None:
+    """Returns where the function is that runs the threads of torch's own operations, or None."""
+    if not torch.backends.openmp.is_available():
+        return None
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so"), os.RTLD_NOLOAD)
+        return ctypes.cast(library.GOMP_parallel, ctypes.c_void_p).value
+    except (OSError, AttributeError):  # another system, or another runtime
+        return None
+
+
+def _call(direction: str, tensors: Sequence[Any], token_stride: int, kernel_size, dilation, scale: float) -> None:
     addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    query: Any = tensors[0]
+    query = tensors[0]
     sizes = (query.shape, kernel_size, dilation)
-    native.run_at(direction, addresses, _DTYPES[query.dtype], *sizes, scale, torch.get_num_threads())
+    dtype, threads = _DTYPES[query.dtype], torch.get_num_threads()
+    native.run_at(direction, addresses, dtype, *sizes, scale, threads, token_stride, _parallel())
 
 
 # The same as operators of torch, which torch.compile, torch.export and torch.func can follow

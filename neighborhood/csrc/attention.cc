@@ -104,6 +104,13 @@ const char* check(const NeighborhoodShape& s, bool* empty) {
   for (const int64_t size : sizes)
     if (__builtin_mul_overflow(elements, std::max<int64_t>(size, 1), &elements) || elements >> 46)
       return fail("too many elements");
+  const int64_t tokens = s.batch * s.depth * s.height * s.width;
+  if (s.token_stride && s.token_stride < s.heads * s.head_dim)
+    return fail("token_stride is %lld; with %lld heads of %lld channels it must be %lld or more, or 0",
+                (long long)s.token_stride, (long long)s.heads, (long long)s.head_dim,
+                (long long)(s.heads * s.head_dim));
+  if (__builtin_mul_overflow(s.token_stride, std::max<int64_t>(tokens, 1), &elements) || elements >> 46)
+    return fail("too many elements between the first token and the last");
   return nullptr;
 }
 
@@ -114,7 +121,8 @@ Shape get_shape(const NeighborhoodShape& s, const InstructionSet& set) {
           s.head_dim,
           {s.kernel_depth, s.kernel_height, s.kernel_width},
           {s.dilation_depth, s.dilation_height, s.dilation_width},
-          set.row_block};
+          set.row_block,
+          s.token_stride ? s.token_stride : s.heads * s.head_dim};
 }
 
 template <typename S>
@@ -129,14 +137,19 @@ const Kernels<S>& kernels_of(const InstructionSet& set) {
     return set.bfloat16;
 }
 
+struct Threads {
+  int count;
+  NeighborhoodParallel parallel;
+};
+
 // Runs work(begin, end, memory) for all bands, in parallel.
 template <typename Work>
-const char* run(const Shape& shape, const Bands& bands, size_t bytes, int threads, Work work) {
+const char* run(const Shape& shape, const Bands& bands, size_t bytes, const Threads& threads, Work work) {
   std::atomic<bool> failed{false};
   const int64_t count = bands.count(shape);
   // neighbouring small maps go together, so that a thread does not ask for work too often
-  const int64_t chunk = std::max<int64_t>(1, count / (16 * std::max(threads, 1)));
-  parallel_for((count + chunk - 1) / chunk, threads, [&](int64_t part) {
+  const int64_t chunk = std::max<int64_t>(1, count / (16 * std::max(threads.count, 1)));
+  parallel_for((count + chunk - 1) / chunk, threads.count, threads.parallel, [&](int64_t part) {
     void* memory = working_memory(bytes);
     if (memory)
       work(part * chunk, std::min((part + 1) * chunk, count), memory);
@@ -193,11 +206,12 @@ void ask_for_huge_pages([[maybe_unused]] void* tensor, [[maybe_unused]] size_t b
 }
 
 template <typename S>
-const char* forward(const Kernels<S>& kernels, const Shape& shape, const ForwardArguments<S>& arguments, int threads) {
-  ask_for_huge_pages(arguments.output, shape.elements() * sizeof(S));
+const char* forward(const Kernels<S>& kernels, const Shape& shape, const ForwardArguments<S>& arguments,
+                    const Threads& threads) {
+  ask_for_huge_pages(arguments.output, shape.tokens() * shape.heads * shape.head_dim * sizeof(S));
   // results do not depend on the bands
   const int64_t heads = shape.heads_in_step(sizeof(typename ComputeType<S>::Type));
-  const Bands bands = busy_bands(shape, threads, shape.kernel[shape.size[0] > 1 ? 0 : 1], heads);
+  const Bands bands = busy_bands(shape, threads.count, shape.kernel[shape.size[0] > 1 ? 0 : 1], heads);
   return run(
       shape, bands, kernels.forward_scratch(shape, bands), threads,
       [&](int64_t begin, int64_t end, void* memory) { kernels.forward(shape, arguments, bands, begin, end, memory); });
@@ -205,15 +219,16 @@ const char* forward(const Kernels<S>& kernels, const Shape& shape, const Forward
 
 template <typename S>
 const char* backward(const Kernels<S>& kernels, const Shape& shape, BackwardArguments<S> arguments, S* grad_bias,
-                     int threads) {
+                     const Threads& threads) {
   typedef typename ComputeType<S>::Type T;
-  for (S* grad : {arguments.grad_query, arguments.grad_key, arguments.grad_value})
-    ask_for_huge_pages(grad, shape.elements() * sizeof(S));
+  const int64_t bytes = ((shape.tokens() - 1) * shape.token_stride + shape.heads * shape.head_dim) * sizeof(S);
+  for (S* grad : {arguments.grad_query, arguments.grad_key, arguments.grad_value}) ask_for_huge_pages(grad, bytes);
   const int axis = shape.size[0] > 1 ? 0 : 1;
   const bool whole = shape.maps() >= 32 || shape.has_dense_maps();
   arguments.segment = Bands(shape, whole ? INT64_MAX / 2 : std::max<int64_t>(24, 3 * shape.kernel[axis])).length;
   const int64_t heads = shape.heads_in_step(sizeof(T));
-  const Bands bands = whole ? Bands(shape, INT64_MAX / 2, heads) : busy_bands(shape, threads, arguments.segment, heads);
+  const Bands bands =
+      whole ? Bands(shape, INT64_MAX / 2, heads) : busy_bands(shape, threads.count, arguments.segment, heads);
   const int64_t segments = (bands.length + arguments.segment - 1) / arguments.segment;
   const int64_t table = shape.table(), count = bands.count(shape);
   std::vector<double> parts(grad_bias ? count * bands.heads * segments * table : 0);
@@ -278,7 +293,7 @@ static const char* check_pointers(std::initializer_list<const void*> pointers) {
 
 const char* neighborhood_forward(int type, const NeighborhoodShape* shape, const void* query, const void* key,
                                  const void* value, const void* bias, void* output, double* logsumexp, double scale,
-                                 int threads) {
+                                 int threads, NeighborhoodParallel parallel) {
   const InstructionSet* set;
   bool empty;
   if (const char* problem = get_instruction_set(&set)) return problem;
@@ -295,14 +310,14 @@ const char* neighborhood_forward(int type, const NeighborhoodShape* shape, const
     return forward<S>(kernels, sizes,
                       {static_cast<const S*>(query), static_cast<const S*>(key), static_cast<const S*>(value),
                        table.data(), static_cast<S*>(output), logsumexp, scale},
-                      threads);
+                      {threads, parallel});
   });
 }
 
 const char* neighborhood_backward(int type, const NeighborhoodShape* shape, const void* query, const void* key,
                                   const void* value, const void* bias, const double* logsumexp, const void* grad_output,
                                   void* grad_query, void* grad_key, void* grad_value, void* grad_bias, double scale,
-                                  int threads) {
+                                  int threads, NeighborhoodParallel parallel) {
   const InstructionSet* set;
   bool empty;
   if (const char* problem = get_instruction_set(&set)) return problem;
@@ -325,7 +340,7 @@ const char* neighborhood_backward(int type, const NeighborhoodShape* shape, cons
                        {static_cast<const S*>(query), static_cast<const S*>(key), static_cast<const S*>(value),
                         table.data(), logsumexp, static_cast<const S*>(grad_output), static_cast<S*>(grad_query),
                         static_cast<S*>(grad_key), static_cast<S*>(grad_value), nullptr, 0, scale},
-                       static_cast<S*>(grad_bias), threads);
+                       static_cast<S*>(grad_bias), {threads, parallel});
   });
 }
 

@@ -123,9 +123,9 @@ template <typename S>
 struct DenseMap {
   typedef Computed<S> T;
   int64_t tokens, head_dim, padded_dim, vectors;
-  int64_t* offsets;    // (tokens) of each token from the map's first element
-  Vector<T>* bias;     // (vectors, tokens), or null
-  T *reversed, *line;  // (table), each row reversed; (vectors) by lanes
+  int64_t *inputs, *output;  // (tokens) where each is, in query, key, value and their gradients, and in the output
+  Vector<T>* bias;           // (vectors, tokens), or null
+  T *reversed, *line;        // (table), each row reversed; (vectors) by lanes
   int64_t biased_head = -1;
 
   DenseMap(Carver& carver, const Shape& shape) {
@@ -134,7 +134,8 @@ struct DenseMap {
     head_dim = shape.head_dim;
     padded_dim = round_up(head_dim, n);
     vectors = (tokens + n - 1) / n;
-    offsets = carver.take<int64_t>(tokens);
+    inputs = carver.take<int64_t>(tokens);
+    output = carver.take<int64_t>(tokens);
     bias = carver.take<Vector<T>>(vectors * tokens);
     reversed = carver.take<T>(shape.table());
     line = carver.take<T>(vectors * n);
@@ -144,8 +145,10 @@ struct DenseMap {
     int64_t token = 0;
     for (int64_t z = 0; z < map.planes().length; z++)
       for (int64_t y = 0; y < map.rows().length; y++)
-        for (int64_t x = 0; x < map.columns().length; x++)
-          offsets[token++] = z * map.stride[0] + y * map.stride[1] + x * map.stride[2];
+        for (int64_t x = 0; x < map.columns().length; x++, token++) {
+          inputs[token] = map.inputs.at(z, y) + x * map.inputs.stride[2];
+          output[token] = map.output.at(z, y) + x * map.output.stride[2];
+        }
     if (!table || biased_head == map.head) return;
     biased_head = map.head;
     table += map.head * shape.table();
@@ -183,9 +186,8 @@ struct DenseMap {
   }
 
   // Packs the tokens of a tensor.
-  void read(const Map& map, const S* tensor, T* to) const {
-    for (int64_t t = 0; t < tokens; t++)
-      read_row(tensor + map.offset + offsets[t], head_dim, padded_dim, to + t * padded_dim);
+  void read(const int64_t* places, const S* tensor, T* to) const {
+    for (int64_t t = 0; t < tokens; t++) read_row(tensor + places[t], head_dim, padded_dim, to + t * padded_dim);
   }
 
   int64_t lanes(int64_t v) const { return smaller<int64_t>(Simd<T>::kLanes, tokens - v * Simd<T>::kLanes); }
@@ -244,9 +246,9 @@ struct DenseForward {
     constexpr int n = Simd<T>::kLanes;
     const int64_t tokens = dense.tokens, padded_dim = dense.padded_dim, width = map.columns().kernel;
     dense.begin(shape, map, arguments.bias);
-    dense.read(map, arguments.query, packed);
-    dense.read(map, arguments.key, keys);
-    dense.read(map, arguments.value, values);
+    dense.read(dense.inputs, arguments.query, packed);
+    dense.read(dense.inputs, arguments.key, keys);
+    dense.read(dense.inputs, arguments.value, values);
     dense.transpose_all(packed, static_cast<T>(arguments.scale), queries);
     dense.over_vectors([&](int64_t begin, int64_t end) {
       dense.score(queries, keys, begin, end, arguments.bias, scores);
@@ -259,7 +261,7 @@ struct DenseForward {
         sum_all_rows<T>(lanes, reinterpret_cast<const T*>(own), 1, n, tokens, values, padded_dim, result, false);
         const Vector<T> logsumexp = arguments.logsumexp ? maximum + logarithm<T>(sum) : Vector<T>{};
         for (int64_t i = 0; i < lanes; i++) {
-          const int64_t offset = map.offset + dense.offsets[v * n + i];
+          const int64_t offset = dense.output[v * n + i];
           write_row(result + i * padded_dim, factor[i], dense.head_dim, arguments.output + offset);
           if (arguments.logsumexp) arguments.logsumexp[offset / dense.head_dim] = logsumexp[i];
         }
@@ -291,10 +293,10 @@ struct DenseBackward {
     const int64_t tokens = dense.tokens, padded_dim = dense.padded_dim, width = map.columns().kernel;
     const T scale = static_cast<T>(arguments.scale);
     dense.begin(shape, map, arguments.bias);
-    dense.read(map, arguments.query, queries);
-    dense.read(map, arguments.key, keys);
-    dense.read(map, arguments.value, values);
-    dense.read(map, arguments.grad_output, grads);
+    dense.read(dense.inputs, arguments.query, queries);
+    dense.read(dense.inputs, arguments.key, keys);
+    dense.read(dense.inputs, arguments.value, values);
+    dense.read(dense.output, arguments.grad_output, grads);
     dense.transpose_all(queries, scale, query_lanes);
     dense.transpose_all(grads, T(1), grad_lanes);
     dense.over_vectors([&](int64_t begin, int64_t end) {
@@ -307,18 +309,17 @@ struct DenseBackward {
               *gradients = reinterpret_cast<const T*>(slopes + v * tokens);
       Vector<T> logsumexp = {};
       for (int64_t i = 0; i < lanes; i++)
-        logsumexp[i] = static_cast<T>(arguments.logsumexp[(map.offset + dense.offsets[v * n + i]) / dense.head_dim]);
+        logsumexp[i] = static_cast<T>(arguments.logsumexp[dense.output[v * n + i] / dense.head_dim]);
       slope<T, 1>(tokens / width, width, &logsumexp, weights + v * tokens, slopes + v * tokens, 0);
       sum_all_rows<T>(lanes, gradients, 1, n, tokens, keys, padded_dim, result, false);
       for (int64_t i = 0; i < lanes; i++)
-        write_row(result + i * padded_dim, scale, dense.head_dim,
-                  arguments.grad_query + map.offset + dense.offsets[v * n + i]);
+        write_row(result + i * padded_dim, scale, dense.head_dim, arguments.grad_query + dense.inputs[v * n + i]);
       const int64_t first = v * n * padded_dim;
       sum_all_rows<T>(tokens, gradients, n, 1, lanes, queries + first, padded_dim, grad_keys, v > 0);
       sum_all_rows<T>(tokens, probabilities, n, 1, lanes, grads + first, padded_dim, grad_values, v > 0);
     }
     for (int64_t t = 0; t < tokens; t++) {
-      const int64_t offset = map.offset + dense.offsets[t];
+      const int64_t offset = dense.inputs[t];
       write_row(grad_keys + t * padded_dim, scale, dense.head_dim, arguments.grad_key + offset);
       write_row(grad_values + t * padded_dim, T(1), dense.head_dim, arguments.grad_value + offset);
     }

@@ -16,13 +16,15 @@ constexpr int64_t kRingBytes = 256 << 10;  // of the transposed keys that querie
 constexpr int64_t kNearBytes = 512 << 10;  // of a sample's tensor: beyond it comes from caches or memory further away
 constexpr int64_t kMostHeads = 4;          // that are worked on in step
 
-// The sizes of one call. Tensors are contiguous: (batch, depth, height, width, heads, head_dim).
+// The sizes of one call. Tensors are (batch, depth, height, width, heads, head_dim), contiguous but for the tokens of
+// query, key, value and their gradients, which lie `token_stride` elements apart.
 struct Shape {
   int64_t batch, size[kAxes], heads, head_dim;
   int64_t kernel[kAxes], dilation[kAxes];
   // Rows of queries that are worked on together. Bands begin at multiples of it, so that every key sums its
   // contributions in the same order however the map is cut.
   int64_t row_block;
+  int64_t token_stride;
 
   // How many heads are best worked on in step, to read memory in larger pieces; fewer if threads lack work then.
   int64_t heads_in_step(int64_t bytes) const {
@@ -44,7 +46,7 @@ struct Shape {
     return (blocks - 1) / strips * kLanes + kLanes;
   }
 
-  int64_t elements() const { return batch * size[0] * size[1] * size[2] * heads * head_dim; }
+  int64_t tokens() const { return batch * size[0] * size[1] * size[2]; }
   int64_t groups() const { return dilation[0] * dilation[1] * dilation[2]; }
   int64_t maps() const { return batch * groups() * heads; }
   int64_t window() const { return kernel[0] * kernel[1] * kernel[2]; }
@@ -82,12 +84,20 @@ struct Axis {
   }
 };
 
+// Where the positions of a map are in a tensor, in elements.
+struct Layout {
+  int64_t offset;  // of the first
+  int64_t stride[kAxes];
+
+  int64_t at(int64_t plane, int64_t row) const { return offset + plane * stride[0] + row * stride[1]; }
+};
+
 // One head of one dilation group of one sample.
 struct Map {
   int64_t head;
-  int64_t place, heads;   // which of its band's heads it is, of how many
-  int64_t offset;         // of its first element, in a tensor of tokens
-  int64_t stride[kAxes];  // in elements of that tensor
+  int64_t place, heads;  // which of its band's heads it is, of how many
+  Layout inputs;         // of query, key, value and their gradients
+  Layout output;         // and its gradient
   Axis axis[kAxes];
 
   const Axis& planes() const { return axis[0]; }
@@ -110,15 +120,22 @@ inline Map get_map(const Shape& shape, int64_t sample, int64_t group, int64_t he
     group /= shape.dilation[axis];
   }
   map.head = head;
-  int64_t position = sample, stride = shape.heads * shape.head_dim;
-  for (int axis = 0; axis < kAxes; axis++) position = position * shape.size[axis] + groups[axis];
-  map.offset = (position * shape.heads + map.head) * shape.head_dim;
-  for (int axis = kAxes - 1; axis >= 0; axis--) {
-    map.stride[axis] = stride * shape.dilation[axis];
+  int64_t position = sample;
+  for (int axis = 0; axis < kAxes; axis++) {
+    position = position * shape.size[axis] + groups[axis];
     map.axis[axis] = {(shape.size[axis] - groups[axis] + shape.dilation[axis] - 1) / shape.dilation[axis],
                       shape.kernel[axis]};
-    stride *= shape.size[axis];
   }
+  const auto layout = [&](int64_t stride) {
+    Layout found = {position * stride + head * shape.head_dim, {}};
+    for (int axis = kAxes - 1; axis >= 0; axis--) {
+      found.stride[axis] = stride * shape.dilation[axis];
+      stride *= shape.size[axis];
+    }
+    return found;
+  };
+  map.inputs = layout(shape.token_stride);
+  map.output = layout(shape.heads * shape.head_dim);
   return map;
 }
 

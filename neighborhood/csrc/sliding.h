@@ -188,15 +188,15 @@ struct KeyRows {
   }
 
   void begin(const Map& map, const Strip<T>& strip, const S* tensor) {
-    from = tensor + map.offset;
+    from = tensor + map.inputs.offset;
     first_key = strip.first_key;
     end_key = strip.end_key;
   }
 
   void fetch(const Sizes<T>& sizes, const Map& map, int64_t plane, int64_t row) {
     constexpr int n = Simd<T>::kLanes;
-    const int64_t slot = sizes.slot(plane, row), stride = map.stride[2];
-    const S* source = from + plane * map.stride[0] + row * map.stride[1];
+    const int64_t slot = sizes.slot(plane, row), stride = map.inputs.stride[2];
+    const S* source = from + plane * map.inputs.stride[0] + row * map.inputs.stride[1];
     if (transposed) {
       T* to = transposed_row(sizes, slot);
       for (int64_t x = first_key; x < end_key; x += n)
@@ -226,27 +226,31 @@ class Prefetcher {
   typedef Computed<S> T;
 
  public:
+  struct Rows {
+    const S* data;
+    const Layout& layout;
+  };
+
   // To ask, in `steps` steps, while a tile of the block of queries at `y` is worked on, for its share: its own queries
   // from `of_queries`, and from `of_keys` the keys that are new.
   void begin(const Sizes<T>& sizes, const Map& map, const Strip<T>& strip, const Tile<T>& tile, int64_t y, int64_t end,
-             std::initializer_list<const S*> of_queries, std::initializer_list<const S*> of_keys, int64_t steps) {
+             std::initializer_list<Rows> of_queries, std::initializer_list<Rows> of_keys, int64_t steps) {
     count_ = 0;
     const Axis& rows = map.rows();
     const int64_t next = y + kRowBlock, count = smaller(kRowBlock, end - next), half = map.columns().kernel / 2;
     if (!sizes.prefetch || count <= 0) return;
-    stride_ = map.stride[2];
     elements_ = map.heads * sizes.head_dim;
     place_ = map.place;
     heads_ = map.heads;
-    const int64_t offset = map.offset - map.place * sizes.head_dim;
-    for (const S* tensor : of_queries)
+    const int64_t offset = map.place * sizes.head_dim;  // the band's first head is where tokens are asked for
+    for (const Rows& tensor : of_queries)
       for (int64_t r = next; r < next + count; r++)
-        add(tensor + offset + r * map.stride[1], tile.first, tile.first + tile.lanes);
+        add(tensor, tensor.layout.at(0, r) - offset, tile.first, tile.first + tile.lanes);
     const int64_t first = &tile == strip.first ? strip.first_key : tile.first + half;
     const int64_t last = smaller(tile.first + tile.lanes + half, strip.end_key);
-    for (const S* tensor : of_keys)
+    for (const Rows& tensor : of_keys)
       for (int64_t r = rows.start(next - 1) + rows.kernel; r < rows.start(next + count - 1) + rows.kernel; r++)
-        add(tensor + offset + r * map.stride[1], first, last);
+        add(tensor, tensor.layout.at(0, r) - offset, first, last);
     int64_t tokens = 0;
     for (int i = 0; i < count_; i++) tokens += runs_[i].tokens;
     per_step_ = (tokens + steps - 1) / steps;
@@ -260,7 +264,7 @@ class Prefetcher {
  private:
   struct Run {
     const S* next;
-    int64_t tokens;
+    int64_t tokens, stride;
   };
 
   __attribute__((noinline)) void ask() {
@@ -268,22 +272,22 @@ class Prefetcher {
     for (int64_t i = 0; i < per_step_; i++) {
       Run& run = runs_[run_];
       for (int64_t c = 0; c < elements_; c += line) __builtin_prefetch(run.next + c);
-      run.next += stride_;
+      run.next += run.stride;
       if (--run.tokens == 0 && ++run_ == count_) return;
     }
   }
 
   // The heads of a band each ask for their part of the tokens, for all of them.
-  void add(const S* row, int64_t first, int64_t end) {
-    const int64_t tokens = end - first;
+  void add(const Rows& tensor, int64_t row, int64_t first, int64_t end) {
+    const int64_t tokens = end - first, stride = tensor.layout.stride[2];
     end = first + tokens * (place_ + 1) / heads_;
     first += tokens * place_ / heads_;
-    if (first < end) runs_[count_++] = {row + first * stride_, end - first};
+    if (first < end) runs_[count_++] = {tensor.data + row + first * stride, end - first, stride};
   }
 
   Run runs_[4 * kRowBlock];
   int count_ = 0, run_ = 0;
-  int64_t stride_, elements_, place_, heads_, per_step_;
+  int64_t elements_, place_, heads_, per_step_;
 };
 
 // Calls visit(plane, row) for what is new of the rows before `end_row` or, of a volume, of the planes before
@@ -365,10 +369,10 @@ void score_tile(const Sizes<T>& sizes, const Map& map, const Tile<T>& tile, cons
 }
 
 // For each query of a tile: factor * sum of weight * row over its window, whose rows are given from column `first_key`
-// on.
+// on. `to` is of the row's first query, and `stride` from one to the next.
 template <typename S, typename T = Computed<S>>
 void weigh(const Sizes<T>& sizes, const Map& map, const Tile<T>& tile, T* const* rows, int64_t first_key,
-           const Vector<T>* weights, const T* factor, S* to, Prefetcher<S>& prefetcher) {
+           const Vector<T>* weights, const T* factor, S* to, int64_t stride, Prefetcher<S>& prefetcher) {
   constexpr int n = Simd<T>::kLanes;
   const int64_t kernel = map.columns().kernel;
   WindowRows<T> window = {rows, sizes.padded_dim, sizes.scores / kernel, nullptr, kernel * n};
@@ -377,12 +381,12 @@ void weigh(const Sizes<T>& sizes, const Map& map, const Tile<T>& tile, T* const*
     window.weights = reinterpret_cast<const T*>(weights) + group.first_lane;
     for (int64_t c = 0; c < sizes.padded_dim;) {
       const int64_t channels = channels_at_once((sizes.padded_dim - c) / n);
-      S* first = to + (tile.first + group.first_lane) * map.stride[2] + c;
+      S* first = to + (tile.first + group.first_lane) * stride + c;
       with_variant(group, channels, [&](auto queries, auto shift, auto vectors) {
         with_kernel<queries(), shift()>(kernel, [&](auto known) {
           weighted_sum<S, queries(), shift(), vectors(), known()>(window, group, first_key, kernel, c,
                                                                   factor + group.first_lane, sizes.head_dim - c, first,
-                                                                  map.stride[2], prefetcher);
+                                                                  stride, prefetcher);
         });
       });
       c += channels * n;
@@ -391,10 +395,10 @@ void weigh(const Sizes<T>& sizes, const Map& map, const Tile<T>& tile, T* const*
 }
 
 // Adds weight * vector of each query of a tile to the given rows of its window, of which there are `count`; they begin
-// at column `first_key`.
+// at column `first_key`. `vectors` is of the row's first query, and `stride` from one to the next.
 template <typename S, typename T = Computed<S>>
 void scatter(const Sizes<T>& sizes, const Map& map, const Tile<T>& tile, T* const* rows, int64_t first_key,
-             int64_t count, const Vector<T>* weights, const S* vectors) {
+             int64_t count, const Vector<T>* weights, const S* vectors, int64_t stride) {
   constexpr int n = Simd<T>::kLanes;
   const int64_t kernel = map.columns().kernel;
   WindowRows<T> window = {rows, sizes.padded_dim, count, nullptr, kernel * n};
@@ -403,11 +407,11 @@ void scatter(const Sizes<T>& sizes, const Map& map, const Tile<T>& tile, T* cons
     window.weights = reinterpret_cast<const T*>(weights) + group.first_lane;
     for (int64_t c = 0; c < sizes.padded_dim;) {
       const int64_t channels = channels_at_once((sizes.padded_dim - c) / n);
-      const S* first = vectors + (tile.first + group.first_lane) * map.stride[2] + c;
+      const S* first = vectors + (tile.first + group.first_lane) * stride + c;
       with_variant(group, channels, [&](auto queries, auto shift, auto parts) {
         with_kernel<queries(), shift()>(kernel, [&](auto known) {
           spread<S, queries(), shift(), parts(), known()>(window, group, first_key, kernel, c, sizes.head_dim - c,
-                                                          first, map.stride[2]);
+                                                          first, stride);
         });
       });
       c += channels * n;
@@ -499,8 +503,9 @@ struct SlidingForward {
               values.fetch(sizes, map, plane, row);
             });
     for (const Tile<T>& tile : strip) {
-      prefetcher.begin(sizes, map, strip, tile, y, queries_region.end_row, {arguments.query},
-                       {arguments.key, arguments.value}, map.rows().kernel + count * tile.shares);
+      prefetcher.begin(sizes, map, strip, tile, y, queries_region.end_row, {{arguments.query, map.inputs}},
+                       {{arguments.key, map.inputs}, {arguments.value, map.inputs}},
+                       map.rows().kernel + count * tile.shares);
       run_tile(tile, z, y, count);
     }
   }
@@ -510,12 +515,11 @@ struct SlidingForward {
  private:
   void run_tile(const Tile<T>& tile, int64_t z, int64_t y, int64_t count) {
     constexpr int n = Simd<T>::kLanes;
-    const int64_t stride = map.stride[2], planes = map.planes().kernel, height = map.rows().kernel;
-    const int64_t first = map.offset + z * map.stride[0] + y * map.stride[1];
+    const int64_t stride = map.inputs.stride[2], output_stride = map.output.stride[2];
+    const int64_t planes = map.planes().kernel, height = map.rows().kernel;
     for (int64_t r = 0; r < count; r++)
-      transpose<S>(arguments.query + first + r * map.stride[1] + tile.first * stride, stride, tile.lanes,
-                   sizes.head_dim, static_cast<T>(arguments.scale), reinterpret_cast<T*>(queries + r * sizes.head_dim),
-                   n);
+      transpose<S>(arguments.query + map.inputs.at(z, y + r) + tile.first * stride, stride, tile.lanes, sizes.head_dim,
+                   static_cast<T>(arguments.scale), reinterpret_cast<T*>(queries + r * sizes.head_dim), n);
     score_tile<S>(sizes, map, tile, keys, bias, z, y, count, queries, scores, prefetcher);
     Vector<T> sums[kRowBlock], maxima[kRowBlock];
     with_count(count, [&](auto rows_at_once) {
@@ -526,13 +530,13 @@ struct SlidingForward {
       for (int64_t p = 0; p < planes; p++)
         for (int64_t a = 0; a < height; a++)
           rows[p * height + a] = values.row(sizes, map.planes().start(z) + p, map.rows().start(y + r) + a);
-      const int64_t row = first + r * map.stride[1];
+      const int64_t row = map.output.at(z, y + r);
       weigh<S>(sizes, map, tile, rows, values.first_key, scores + r * sizes.scores, reinterpret_cast<const T*>(&factor),
-               arguments.output + row, prefetcher);
+               arguments.output + row, output_stride, prefetcher);
       if (!arguments.logsumexp) continue;
       const Vector<T> logsumexp = maxima[r] + logarithm<T>(sums[r]);
-      const int64_t token = stride / sizes.head_dim;
-      double* to = arguments.logsumexp + (row + tile.first * stride) / sizes.head_dim;
+      const int64_t token = output_stride / sizes.head_dim;
+      double* to = arguments.logsumexp + row / sizes.head_dim + tile.first * token;
       for (int64_t i = 0; i < tile.lanes; i++) to[i * token] = logsumexp[i];
     }
   }
@@ -634,8 +638,9 @@ struct SlidingBackward {
     const int64_t query = volume ? z : y, end_query = volume ? z + 1 : y + count;
     const bool own = query >= begin_own && query < end_own;  // bands and segments begin at multiples of kRowBlock
     for (const Tile<T>& tile : strip) {
-      prefetcher.begin(sizes, map, strip, tile, y, end_row, {arguments.query, arguments.grad_output},
-                       {arguments.key, arguments.value}, 2 * map.rows().kernel + count * tile.shares);
+      prefetcher.begin(
+          sizes, map, strip, tile, y, end_row, {{arguments.query, map.inputs}, {arguments.grad_output, map.output}},
+          {{arguments.key, map.inputs}, {arguments.value, map.inputs}}, 2 * map.rows().kernel + count * tile.shares);
       run_tile(tile, z, y, count, own);
     }
     const bool plane_ends = volume && y + count == end_row;
@@ -671,17 +676,16 @@ struct SlidingBackward {
     constexpr int n = Simd<T>::kLanes;
     const T scale = static_cast<T>(arguments.scale);
     const Vector<T> scales = splat(scale);
-    const int64_t stride = map.stride[2], kernel = map.columns().kernel;
+    const int64_t stride = map.inputs.stride[2], output_stride = map.output.stride[2];
+    const int64_t kernel = map.columns().kernel, token = output_stride / sizes.head_dim;
     const int64_t planes = map.planes().kernel, height = map.rows().kernel, first_plane = map.planes().start(z);
-    const int64_t first = map.offset + z * map.stride[0] + y * map.stride[1], token = stride / sizes.head_dim;
     for (int64_t r = 0; r < count; r++) {
-      const int64_t from = first + r * map.stride[1] + tile.first * stride;
-      transpose<S>(arguments.grad_output + from, stride, tile.lanes, sizes.head_dim, T(1),
-                   reinterpret_cast<T*>(grads + r * sizes.head_dim), n);
-      transpose<S>(arguments.query + from, stride, tile.lanes, sizes.head_dim, scale,
-                   reinterpret_cast<T*>(queries + r * sizes.head_dim), n);
+      transpose<S>(arguments.grad_output + map.output.at(z, y + r) + tile.first * output_stride, output_stride,
+                   tile.lanes, sizes.head_dim, T(1), reinterpret_cast<T*>(grads + r * sizes.head_dim), n);
+      transpose<S>(arguments.query + map.inputs.at(z, y + r) + tile.first * stride, stride, tile.lanes, sizes.head_dim,
+                   scale, reinterpret_cast<T*>(queries + r * sizes.head_dim), n);
       logsumexp[r] = Vector<T>{};
-      const double* sums = arguments.logsumexp + from / sizes.head_dim;
+      const double* sums = arguments.logsumexp + map.output.at(z, y + r) / sizes.head_dim + tile.first * token;
       for (int64_t i = 0; i < tile.lanes; i++) logsumexp[r][i] = static_cast<T>(sums[i * token]);
     }
     score_tile<S>(sizes, map, tile, keys, bias, z, y, count, queries, weights, prefetcher);
@@ -691,12 +695,12 @@ struct SlidingBackward {
     });
     for (int64_t r = 0; r < count; r++) {
       Vector<T>*row_weights = weights + r * sizes.scores, *row_slopes = slopes + r * sizes.scores;
-      const int64_t row = first + r * map.stride[1], first_key = map.rows().start(y + r);
+      const int64_t row = map.inputs.at(z, y + r), first_key = map.rows().start(y + r);
       if (own) {
         for (int64_t p = 0; p < planes; p++)
           for (int64_t a = 0; a < height; a++) rows[p * height + a] = keys.row(sizes, first_plane + p, first_key + a);
         weigh<S>(sizes, map, tile, rows, keys.first_key, row_slopes, reinterpret_cast<const T*>(&scales),
-                 arguments.grad_query + row, prefetcher);
+                 arguments.grad_query + row, stride, prefetcher);
         if (grad_bias) add_bias(tile, z, y + r, row_slopes);
       }
       // the rows of the window that the band owns follow one another
@@ -710,8 +714,11 @@ struct SlidingBackward {
           rows[i] = sums + sizes.slot(first_plane + j / height, first_key + j % height) * sizes.row_elements();
         }
         const Vector<T>* factors = (sums == grad_keys ? row_slopes : row_weights) + skipped * per_step * kernel;
-        scatter<S>(sizes, map, tile, rows, keys.first_key, kept * per_step, factors,
-                   (sums == grad_keys ? arguments.query : arguments.grad_output) + row);
+        if (sums == grad_keys)
+          scatter<S>(sizes, map, tile, rows, keys.first_key, kept * per_step, factors, arguments.query + row, stride);
+        else
+          scatter<S>(sizes, map, tile, rows, keys.first_key, kept * per_step, factors,
+                     arguments.grad_output + map.output.at(z, y + r), output_stride);
       }
     }
   }
@@ -759,10 +766,10 @@ struct SlidingBackward {
   // Writes a row's gradients in the columns before `end_done`, and leaves the sums of the others for the next strip.
   void end_sums(int64_t plane, int64_t row, const T* sums, T factor, T* carried, S* to) {
     const T* from = sums + sizes.slot(plane, row) * sizes.row_elements();
-    to += map.offset + plane * map.stride[0] + row * map.stride[1];
+    to += map.inputs.at(plane, row);
     int64_t x = strip.first_key;
     for (; x < smaller(end_done, strip.end_key); x++, from += sizes.padded_dim)
-      write_row(from, factor, sizes.head_dim, to + x * map.stride[2]);
+      write_row(from, factor, sizes.head_dim, to + x * map.inputs.stride[2]);
     if (x < strip.end_key)
       std::memcpy(carried + carried_at(plane, row), from, (strip.end_key - x) * sizes.padded_dim * sizeof(T));
   }

@@ -229,8 +229,9 @@ struct Call {
       kernel[axis] = attributes.kernel_size[i];
       dilation[axis] = attributes.dilation[i];
     }
-    shape = {query[0],  size[0],   size[1],   size[2],     query[axes + 1], query[axes + 2],
-             kernel[0], kernel[1], kernel[2], dilation[0], dilation[1],     dilation[2]};
+    shape = {query[0],        size[0],     size[1],   size[2],   query[axes + 1],
+             query[axes + 2], kernel[0],   kernel[1], kernel[2], dilation[0],
+             dilation[1],     dilation[2], 0};
   }
   int kernel_type() const {
     return type == kDouble     ? kNeighborhoodFloat64
@@ -249,7 +250,7 @@ void compute(void* attributes, TF_OpKernelContext* context) {
   if (status.ok())
     if (const char* problem =
             neighborhood_forward(call.kernel_type(), &call.shape, inputs.data(0), inputs.data(1), inputs.data(2),
-                                 call.bias_data, output, static_cast<double*>(logsumexp), call.scale, 0))
+                                 call.bias_data, output, static_cast<double*>(logsumexp), call.scale, 0, nullptr))
       status.fail(problem);
   if (!status.ok()) TF_OpKernelContext_Failure(context, status);
 }
@@ -267,10 +268,10 @@ void compute_gradient(void* attributes, TF_OpKernelContext* context) {
   for (int i = 0; i < 3; i++) grads[i] = allocate(context, i, call.type, call.query, status);
   void* grad_bias = call.bias_data ? allocate(context, 3, call.type, call.bias, status) : nullptr;
   if (status.ok())
-    if (const char* problem =
-            neighborhood_backward(call.kernel_type(), &call.shape, inputs.data(0), inputs.data(1), inputs.data(2),
-                                  call.bias_data, static_cast<const double*>(inputs.data(logsumexp)),
-                                  inputs.data(grad_output), grads[0], grads[1], grads[2], grad_bias, call.scale, 0))
+    if (const char* problem = neighborhood_backward(
+            call.kernel_type(), &call.shape, inputs.data(0), inputs.data(1), inputs.data(2), call.bias_data,
+            static_cast<const double*>(inputs.data(logsumexp)), inputs.data(grad_output), grads[0], grads[1], grads[2],
+            grad_bias, call.scale, 0, nullptr))
       status.fail(problem);
   if (!status.ok()) TF_OpKernelContext_Failure(context, status);
 }

@@ -53,11 +53,17 @@ void spin_until(Done done) {
 // Never freed: helpers may wait on it until the process ends. A forked child, which has no helpers, gets another.
 std::atomic<Pool*> pool{nullptr};
 
-void forget_pool() { pool.store(nullptr); }
+std::atomic<bool> forked{false};
+
+void forget_threads() {
+  pool.store(nullptr);
+  forked = true;
+}
+
+// From the library's start on: a process may fork before its first call.
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, forget_threads);
 
 Pool* get_pool() {
-  static const int registered = pthread_atfork(nullptr, nullptr, forget_pool);
-  (void)registered;
   Pool* current = pool.load();
   if (current) return current;
   Pool* fresh = new Pool();
@@ -99,6 +105,18 @@ void help(Pool* p) {
   }
 }
 
+// Work that a caller's threads share.
+struct Shared {
+  int64_t count;
+  const std::function<void(int64_t)>* work;
+  std::atomic<int64_t> next{0};
+};
+
+void work_on(void* data) {
+  Shared* shared = static_cast<Shared*>(data);
+  for (int64_t i; (i = shared->next.fetch_add(1)) < shared->count;) (*shared->work)(i);
+}
+
 int environment_threads() {
   const char* text = std::getenv("NEIGHBORHOOD_THREADS");
   return text ? std::max(0, std::atoi(text)) : 0;
@@ -130,12 +148,19 @@ int default_threads() {
 
 void set_default_threads(int threads) { told_threads.store(std::max(0, threads)); }
 
-void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& work) {
-  threads = static_cast<int>(std::min<int64_t>(std::min(threads, 1024), count));
-  if (threads <= 1) {
+void parallel_for(int64_t count, int threads, NeighborhoodParallel parallel, const std::function<void(int64_t)>& work) {
+  threads = std::min(threads, 1024);
+  if (std::min<int64_t>(threads, count) <= 1) {
     for (int64_t i = 0; i < count; i++) work(i);
     return;
   }
+  if (parallel && !forked) {
+    Shared shared{count, &work};
+    // all of them: asked for fewer, OpenMP would end the others and start them again
+    parallel(work_on, &shared, static_cast<unsigned int>(threads), 0);
+    return;
+  }
+  threads = static_cast<int>(std::min<int64_t>(threads, count));
   Pool* p = get_pool();
   Job job;
   job.count = count;

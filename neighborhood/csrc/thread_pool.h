@@ -1,9 +1,11 @@
-// The library's own threads, shared by all callers.
+// The threads that work: the library's own, shared by all callers, or a caller's.
 #ifndef NEIGHBORHOOD_THREAD_POOL_H_
 #define NEIGHBORHOOD_THREAD_POOL_H_
 
 #include <cstdint>
 #include <functional>
+
+#include "neighborhood.h"
 
 namespace neighborhood {
 
@@ -11,7 +13,9 @@ namespace neighborhood {
 // are done. Callers that run at the same time share the threads: their helpers step back so that no more threads work
 // than the largest of their `threads`, or than there are callers. After a fork the child starts anew, with threads of
 // its own. If threads cannot be had, the caller works alone.
-void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& work);
+//
+// With `parallel` the threads are the caller's, but for a child after a fork: OpenMP's do not survive one.
+void parallel_for(int64_t count, int threads, NeighborhoodParallel parallel, const std::function<void(int64_t)>& work);
 
 // The number of threads that 0 stands for: what `set_default_threads` was told, else the environment variable
 // NEIGHBORHOOD_THREADS, else the cores that this process may use.

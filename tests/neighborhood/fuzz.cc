@@ -1,5 +1,6 @@
 // Calls the kernels' C interface with random arguments, good and hostile, from several threads at once, and compares
-// what good calls give with plain loops. Tensors lie in memory of exactly their size, for AddressSanitizer to guard.
+// what good calls give with plain loops. Tensors lie in memory of exactly their size, for AddressSanitizer to guard;
+// where tokens lie further apart, what is between them is NaN and must stay as it is.
 //
 //     fuzz CALLS SEED
 //
@@ -29,23 +30,36 @@ void report(const char* what, const NeighborhoodShape& s, int type, double error
   std::fprintf(
       stderr,
       "%s: type %d, batch %lld, size %lld %lld %lld, heads %lld, head_dim %lld, kernel %lld %lld %lld, dilation "
-      "%lld %lld %lld: %g\n",
+      "%lld %lld %lld, token_stride %lld: %g\n",
       what, type, (long long)s.batch, (long long)s.depth, (long long)s.height, (long long)s.width, (long long)s.heads,
       (long long)s.head_dim, (long long)s.kernel_depth, (long long)s.kernel_height, (long long)s.kernel_width,
-      (long long)s.dilation_depth, (long long)s.dilation_height, (long long)s.dilation_width, error);
+      (long long)s.dilation_depth, (long long)s.dilation_height, (long long)s.dilation_width, (long long)s.token_stride,
+      error);
 }
 
-// Numbers of a type, in memory of exactly their size.
+// Numbers of a type, in memory of exactly their size: runs of `run` of them, `stride` apart.
 class Tensor {
  public:
-  Tensor(int type, int64_t count) : type_(type), count_(count), memory_(new char[count * bytes(type)]) {
-    std::memset(memory_.get(), 0xff, count * bytes(type));  // NaN
+  Tensor(int type, int64_t count) : Tensor(type, count, std::max<int64_t>(count, 1), std::max<int64_t>(count, 1)) {}
+  Tensor(int type, int64_t count, int64_t run, int64_t stride)
+      : type_(type), count_(count), run_(run), stride_(stride), size_(count ? place(count - 1) + 1 : 0) {
+    memory_.reset(new char[size_ * bytes(type)]);
+    std::memset(memory_.get(), 0xff, size_ * bytes(type));  // NaN
   }
 
   static size_t bytes(int type) { return type == kNeighborhoodFloat64 ? 8 : type == kNeighborhoodFloat32 ? 4 : 2; }
   void* data() const { return memory_.get(); }
 
+  bool gaps_are_untouched() const {
+    for (int64_t i = 0; i < size_; i++)
+      if (i % stride_ >= run_)
+        for (size_t b = 0; b < bytes(type_); b++)
+          if (memory_[i * bytes(type_) + b] != '\xff') return false;
+    return true;
+  }
+
   double get(int64_t i) const {
+    i = place(i);
     if (type_ == kNeighborhoodFloat64) return at<double>(i);
     if (type_ == kNeighborhoodFloat32) return at<float>(i);
     const uint16_t half = at<uint16_t>(i);
@@ -62,6 +76,7 @@ class Tensor {
   }
 
   void set(int64_t i, double x) {
+    i = place(i);
     if (type_ == kNeighborhoodFloat64) return put(i, x);
     const float narrow = static_cast<float>(x);
     if (type_ == kNeighborhoodFloat32) return put(i, narrow);
@@ -82,6 +97,7 @@ class Tensor {
   }
 
  private:
+  int64_t place(int64_t i) const { return i / run_ * stride_ + i % run_; }
   template <typename T>
   T at(int64_t i) const {
     T x;
@@ -94,7 +110,7 @@ class Tensor {
   }
 
   int type_;
-  int64_t count_;
+  int64_t count_, run_, stride_, size_;
   std::unique_ptr<char[]> memory_;
 };
 
@@ -192,6 +208,14 @@ double difference(const Tensor& actual, const Doubles& expected, int type) {
   return worst;
 }
 
+// Threads of a caller.
+void run_threads(void (*work)(void*), void* data, unsigned int count, unsigned int) {
+  std::vector<std::thread> threads;
+  for (unsigned int i = 1; i < count; i++) threads.emplace_back(work, data);
+  work(data);
+  for (std::thread& thread : threads) thread.join();
+}
+
 // Random arguments
 
 class Caller {
@@ -206,7 +230,7 @@ class Caller {
       for (int i = below(3); i >= 0; i--) spoil(&shape, &type);
     if (!is_good(shape) || type < 0 || type > 3)
       expect_refusal(shape, type);
-    else if (products(shape) > 10000000 || table(shape) > 200000)
+    else if (products(shape) > 10000000 || table(shape) > 200000 || extent(shape) > 10000000)
       expect_refusal(shape, type);  // of null: so much would take too long
     else
       run(shape, type);
@@ -225,6 +249,12 @@ class Caller {
     return elements(s) * s.kernel_depth * s.kernel_height * s.kernel_width;
   }
 
+  static __int128 extent(const NeighborhoodShape& s) {
+    __int128 tokens = 1;
+    for (const int64_t size : {s.batch, s.depth, s.height, s.width}) tokens *= size;
+    return s.token_stride * std::max<__int128>(tokens, 1);
+  }
+
   static __int128 table(const NeighborhoodShape& s) {
     __int128 product = s.heads;
     for (const int64_t kernel : {s.kernel_depth, s.kernel_height, s.kernel_width}) product *= 2 * kernel - 1;
@@ -239,6 +269,8 @@ class Caller {
       product *= std::max<int64_t>(size, 1);
       if (product >> 46) return false;
     }
+    if (s.token_stride && s.token_stride < s.heads * s.head_dim) return false;
+    if (s.token_stride && extent(s) >> 46) return false;
     const int64_t axes[3][3] = {{s.depth, s.kernel_depth, s.dilation_depth},
                                 {s.height, s.kernel_height, s.dilation_height},
                                 {s.width, s.kernel_width, s.dilation_width}};
@@ -274,6 +306,7 @@ class Caller {
       s.heads = 3 + below(4);
       s.head_dim = 32;
     }
+    s.token_stride = below(2) ? 0 : (1 + below(3)) * s.heads * s.head_dim + below(3);
     return s;
   }
 
@@ -290,9 +323,10 @@ class Caller {
 
   void expect_refusal(const NeighborhoodShape& s, int type) {
     const bool empty = is_good(s) && elements(s) == 0;
-    const char* forward = neighborhood_forward(type, &s, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, 1.0, 1);
+    const char* forward =
+        neighborhood_forward(type, &s, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, 1.0, 1, nullptr);
     const char* backward = neighborhood_backward(type, &s, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
-                                                 nullptr, nullptr, nullptr, nullptr, 1.0, 1);
+                                                 nullptr, nullptr, nullptr, nullptr, 1.0, 1, nullptr);
     if (!empty && (!forward || !backward || !*backward)) report("not refused", s, type, 0);
     refused++;
   }
@@ -309,25 +343,30 @@ class Caller {
     const int64_t count = static_cast<int64_t>(elements(s));
     const int64_t entries = static_cast<int64_t>(table(s));
     const bool biased = below(2), odd = below(4) == 0;
-    Tensor query(type, count), key(type, count), value(type, count), grad(type, count),
-        bias(type, biased ? entries : 0);
+    const int64_t run = std::max<int64_t>(s.heads * s.head_dim, 1), stride = std::max(s.token_stride, run);
+    Tensor query(type, count, run, stride), key(type, count, run, stride), value(type, count, run, stride),
+        grad(type, count), bias(type, biased ? entries : 0);
     for (Tensor* tensor : {&query, &key, &value, &grad, &bias}) fill(tensor, odd);
-    Tensor output(type, count), grad_query(type, count), grad_key(type, count), grad_value(type, count),
-        grad_bias(type, biased ? entries : 0), logsumexp(kNeighborhoodFloat64, s.head_dim ? count / s.head_dim : 0);
+    Tensor output(type, count), grad_query(type, count, run, stride), grad_key(type, count, run, stride),
+        grad_value(type, count, run, stride), grad_bias(type, biased ? entries : 0),
+        logsumexp(kNeighborhoodFloat64, s.head_dim ? count / s.head_dim : 0);
     const double scales[] = {0.3, 1.0, 0.0, -2.0, 1e300, NAN, INFINITY};
     const double scale = odd ? scales[below(7)] : 0.3;
     const int threads = static_cast<int>(below(4)) - 1;
+    const NeighborhoodParallel parallel = below(2) ? run_threads : nullptr;
     void* table_data = biased ? bias.data() : nullptr;
-    const char* problem =
-        neighborhood_forward(type, &s, query.data(), key.data(), value.data(), table_data, output.data(),
-                             below(4) || !odd ? static_cast<double*>(logsumexp.data()) : nullptr, scale, threads);
+    const char* problem = neighborhood_forward(
+        type, &s, query.data(), key.data(), value.data(), table_data, output.data(),
+        below(4) || !odd ? static_cast<double*>(logsumexp.data()) : nullptr, scale, threads, parallel);
     if (problem) return report(problem, s, type, 0);
     problem =
         neighborhood_backward(type, &s, query.data(), key.data(), value.data(), table_data,
                               static_cast<double*>(logsumexp.data()), grad.data(), grad_query.data(), grad_key.data(),
-                              grad_value.data(), biased ? grad_bias.data() : nullptr, scale, threads);
+                              grad_value.data(), biased ? grad_bias.data() : nullptr, scale, threads, parallel);
     if (problem) return report(problem, s, type, 0);
     good++;
+    for (const Tensor* tensor : {&grad_query, &grad_key, &grad_value})
+      if (!tensor->gaps_are_untouched()) report("written between tokens", s, type, 0);
     if (odd || count == 0) return;
     const Plain plain(s, query.all(), key.all(), value.all(), bias.all(), grad.all(), scale);
     const std::pair<const Tensor*, const Doubles*> pairs[] = {{&output, &plain.output},

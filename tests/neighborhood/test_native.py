@@ -251,21 +251,24 @@ def test_what_does_not_go_together_is_named():
         ((2**40, 1, 2**40, 5, 1, 4, 1, 3, 3, 1, 1, 1), "too many elements"),
         ((1, 2**12, 2**12, 2**12, 0, 1, 2**12, 2**12, 2**12, 1, 1, 1), "the window is too large"),
         ((1, 1, 1, 2**21, 0, 1, 1, 1, 2**21, 1, 1, 1), "the window is too large"),
+        ((1, 1, 5, 5, 2, 4, 1, 3, 3, 1, 1, 1, 7), "token_stride is 7; with 2 heads of 4 channels it must be 8 or more"),
+        ((1, 1, 5, 5, 1, 4, 1, 3, 3, 1, 1, 1, -1), "token_stride is -1"),
+        ((1, 1, 5, 5, 1, 4, 1, 3, 3, 1, 1, 1, 2**43), "too many elements between the first token and the last"),
         ((1, 1, 5, 5, 1, 4, 1, 3, 3, 1, 1, 1), "a tensor that is needed is null"),
     ],
 )
 def test_the_library_itself_refuses_bad_sizes(sizes, message):
     shape = native._Shape(*sizes)
-    problem = native.load().neighborhood_forward(0, ctypes.byref(shape), *[None] * 6, 1.0, 1)
+    problem = native.load().neighborhood_forward(0, ctypes.byref(shape), *[None] * 6, 1.0, 1, None)
     assert message in problem.decode()
-    problem = native.load().neighborhood_backward(0, ctypes.byref(shape), *[None] * 10, 1.0, 1)
+    problem = native.load().neighborhood_backward(0, ctypes.byref(shape), *[None] * 10, 1.0, 1, None)
     assert message in problem.decode()
 
 
 def test_the_library_itself_refuses_other_types():
     shape = native._Shape(1, 1, 5, 5, 1, 4, 1, 3, 3, 1, 1, 1)
     for number in (-1, 4, 2**31 - 1):
-        problem = native.load().neighborhood_forward(number, ctypes.byref(shape), *[None] * 6, 1.0, 1)
+        problem = native.load().neighborhood_forward(number, ctypes.byref(shape), *[None] * 6, 1.0, 1, None)
         assert problem.decode() == f"the type is {number}; it must be 0 to 3"
 
 
@@ -274,9 +277,10 @@ def test_memory_that_cannot_be_had_is_an_error():
     shape = native._Shape(2**8, 1, side, side, 2**7, 1, 1, side, side, 1, 1, 1)
     somewhere = ctypes.create_string_buffer(8)  # is not read: the memory comes first
     pointers = [ctypes.cast(somewhere, ctypes.c_void_p)] * 10
-    problem = native.load().neighborhood_forward(0, ctypes.byref(shape), *pointers[:3], None, *pointers[:2], 1.0, 1)
+    forward, backward = native.load().neighborhood_forward, native.load().neighborhood_backward
+    problem = forward(0, ctypes.byref(shape), *pointers[:3], None, *pointers[:2], 1.0, 1, None)
     assert problem.decode().startswith("out of memory")
-    problem = native.load().neighborhood_backward(0, ctypes.byref(shape), *pointers[:3], None, *pointers[:6], 1.0, 1)
+    problem = backward(0, ctypes.byref(shape), *pointers[:3], None, *pointers[:6], 1.0, 1, None)
     assert problem.decode().startswith("out of memory")
 
 

@@ -1,5 +1,8 @@
 """What torch expects of an operator: its own checks, compilation, export, second derivatives."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from neighborhood import native, reference
 from ptmodels.layers import NeighborhoodAttention2D
-from ptmodels.ops import neighborhood_attention
+from ptmodels.ops import neighborhood_attention, neighborhood_attention_qkvpacked
 
 IMPLEMENTATIONS = ("native", "composed")
 
@@ -65,6 +68,80 @@ def test_calls_around_the_operators_give_the_same_bits(monkeypatch):
     for ours, theirs in zip(around, results(), strict=True):
         assert torch.equal(ours, theirs)
     assert not called
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("shape", [(2, 70, 3, 5), (2, 9, 21, 2, 16), (1, 5, 6, 20, 1, 8)])
+def test_packed_queries_keys_and_values_give_the_same_bits(shape, dtype, implementation):
+    axes = len(shape) - 3
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(*shape[:-2], 3, *shape[-2:], generator=generator).to(getattr(torch, dtype)).requires_grad_()
+    bias = torch.randn(shape[-2], *(5,) * axes, generator=generator).to(qkv.dtype).requires_grad_()
+    options = {"rel_pos_bias": bias, "implementation": implementation}
+    grad = torch.randn(shape, generator=generator).to(qkv.dtype)
+    query, key, value = (part.contiguous() for part in qkv.unbind(-3))
+    for dilation in (1, (1, 2, 3)[-axes:] if axes > 1 else 4):
+        apart = neighborhood_attention(query, key, value, 3, dilation, **options)
+        packed = neighborhood_attention_qkvpacked(qkv, 3, dilation, **options)
+        assert torch.equal(packed, apart)
+        wanted = torch.autograd.grad(apart, (qkv, bias), grad, retain_graph=True)
+        for found, other in zip(torch.autograd.grad(packed, (qkv, bias), grad), wanted, strict=True):
+            assert torch.equal(found, other)
+
+
+def test_packed_small_maps_and_other_layouts_are_right():
+    for shape in [(3, 3, 3, 2, 8), (1, 1, 3, 1, 4), (2, 0, 4, 1, 4)]:
+        kernel_size = (min(3, shape[1]) or 1, 3)
+        qkv = torch.randn(*shape[:-2], 3, *shape[-2:], dtype=torch.float64)
+        for layout in (qkv, qkv.transpose(1, 2).contiguous().transpose(1, 2), qkv[..., :1, :].expand(qkv.shape)):
+            layout = layout.clone(memory_format=torch.preserve_format).requires_grad_()
+            if shape[1] == 0:
+                with pytest.raises(ValueError, match="kernel_size"):
+                    neighborhood_attention_qkvpacked(layout, kernel_size)
+                continue
+            packed = neighborhood_attention_qkvpacked(layout, kernel_size)
+            apart = neighborhood_attention(*(part.contiguous() for part in layout.unbind(-3)), kernel_size)
+            assert torch.equal(packed, apart)
+            grads = [torch.autograd.grad(x.square().sum(), layout)[0] for x in (packed, apart)]
+            assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_packed_derivatives_pass_gradcheck(implementation):
+    def function(qkv, bias):
+        options = {"rel_pos_bias": bias, "implementation": implementation}
+        return neighborhood_attention_qkvpacked(qkv, (3, 2), (1, 2), **options)
+
+    query, key, value, bias = tensors((1, 4, 5, 1, 2))
+    qkv = torch.stack([query, key, value], -3).detach().requires_grad_()
+    assert torch.autograd.gradcheck(function, (qkv, bias))
+    assert torch.autograd.gradgradcheck(function, (qkv, bias))
+    across = qkv.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    assert torch.autograd.gradgradcheck(function, (across, bias))
+
+
+def test_kernels_take_packed_tensors_as_they_lie(monkeypatch):
+    seen = []
+    run = native.run_at
+    monkeypatch.setattr(native, "run_at", lambda *a: (seen.append((a[0], a[-2], a[1][:3])), run(*a)))
+    qkv = torch.randn(1, 5, 6, 3, 2, 4, requires_grad=True)
+    places = [part.data_ptr() for part in qkv.unbind(-3)]
+    neighborhood_attention_qkvpacked(qkv, 3).sum().backward()
+    neighborhood_attention(*qkv.detach().unbind(-3), 3)
+    assert seen == [(direction, 24, places) for direction in ("forward", "backward", "forward")]
+    seen.clear()
+    neighborhood_attention(*(torch.randn(1, 6, 5, 2, 4).transpose(1, 2) for _ in range(3)), 3)
+    assert [stride for _, stride, _ in seen] == [0]
+
+
+def test_packed_arguments_are_checked():
+    with pytest.raises(ValueError, match=r"qkv has shape \(1, 5, 2, 3, 4\); give \(batch, \*spatial, 3, heads"):
+        neighborhood_attention_qkvpacked(torch.zeros(1, 5, 2, 3, 4), 3)
+    with pytest.raises(TypeError, match="qkv is a ndarray; give a torch.Tensor"):
+        neighborhood_attention_qkvpacked(np.zeros((1, 5, 3, 2, 4)), 3)
+    with pytest.raises(TypeError, match="floating dtype"):
+        neighborhood_attention_qkvpacked(torch.zeros(1, 5, 3, 2, 4, dtype=torch.int32), 3)
 
 
 def test_what_follows_torch_sees_the_operators():
@@ -144,9 +221,44 @@ def test_a_layer_exports_with_unknown_sizes(implementation):
 def test_threads_follow_torchs_setting(monkeypatch):
     seen = []
     run = native.run_at
-    monkeypatch.setattr(native, "run_at", lambda *a: (seen.append(a[-1]), run(*a)))
+    monkeypatch.setattr(native, "run_at", lambda *a: (seen.append(a[-3]), run(*a)))
     neighborhood_attention(*tensors(biased=False), (3, 2))
     assert seen == [torch.get_num_threads()]
+
+
+THREADS = """
+import os, sys
+import torch
+from neighborhood import native
+from ptmodels import ops
+
+torch.set_num_threads(3)
+torch.randn(500, 500) @ torch.randn(500, 500)
+before = len(os.listdir("/proc/self/task"))
+inputs = [torch.randn(1, 60, 50, 3, 16, requires_grad=True) for _ in range(3)]
+output = ops.neighborhood_attention(*inputs, 7)
+output.sum().backward()
+started = len(os.listdir("/proc/self/task")) - before
+child = os.fork()
+if child == 0:  # torch's threads are gone: its own operations would wait for them
+    equal = ops.neighborhood_attention(*inputs, 7).detach().numpy() == output.detach().numpy()
+    os._exit(0 if equal.all() else 1)
+ended, status = os.waitpid(child, 0)
+same = []
+for threads in (1, 2, 3):
+    torch.set_num_threads(threads)
+    for parallel in (ops._parallel(), None):
+        ops._parallel = lambda: parallel
+        same.append(torch.equal(ops.neighborhood_attention(*inputs, 7), output))
+print(torch.backends.openmp.is_available(), started, status, all(same))
+"""
+
+
+def test_kernels_run_on_torchs_threads_and_in_forked_children_on_their_own():
+    done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, timeout=120, check=False)
+    openmp, started, status, same = done.stdout.split() or [done.stderr]
+    assert status == "0" and same == "True"
+    assert openmp == "False" or started == "0"
 
 
 def test_other_devices_take_the_composed_implementation():
