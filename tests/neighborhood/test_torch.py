@@ -227,7 +227,7 @@ def test_threads_follow_torchs_setting(monkeypatch):
 
 
 THREADS = """
-import os, sys
+import os, signal
 import torch
 from neighborhood import native
 from ptmodels import ops
@@ -241,6 +241,7 @@ output.sum().backward()
 started = len(os.listdir("/proc/self/task")) - before
 child = os.fork()
 if child == 0:  # torch's threads are gone: its own operations would wait for them
+    signal.alarm(60)
     equal = ops.neighborhood_attention(*inputs, 7).detach().numpy() == output.detach().numpy()
     os._exit(0 if equal.all() else 1)
 ended, status = os.waitpid(child, 0)
