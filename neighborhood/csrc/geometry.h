@@ -71,6 +71,13 @@ struct Axis {
     return first < 0 ? 0 : first;
   }
 
+  // Beyond a border lies what is a kernel's length further in: then a window that begins at position - kernel / 2 and
+  // is not pushed inwards has the same keys, in another order.
+  int64_t inside(int64_t position) const {
+    if (position < 0) return position + kernel;
+    return position >= length ? position - kernel : position;
+  }
+
   // The first query whose window reaches beyond `key`, that is, ends after it.
   int64_t first_query_of(int64_t key) const {
     if (key < kernel) return 0;

@@ -1,9 +1,10 @@
 // The products of a sliding window: scores of queries with keys, and sums of values by weights.
 //
 // Scores are kept as scores[row of the window][slot][lane]. A lane is a query; a tile is as many neighbouring queries
-// of a row as a register has lanes; slot t is the t-th key of each query's window. Where windows slide along with their
-// queries, a slot's keys are one unaligned load from the transposed keys. At a border some lanes share one window:
-// their key of a slot is one number for all, and is blended in.
+// of a row as a register has lanes; slot t holds the t-th column from where the query's window would begin if it were
+// not pushed inwards at borders. A row of keys has margins for it: beyond a border lies what is one window's length
+// further in, which is what pushing adds to a window in place of what it loses. So all windows slide along with their
+// queries, and a slot's keys are one unaligned load from the transposed keys. Only the bias tells them apart.
 //
 // The products with values have channels in the lanes instead: neighbouring queries share each loaded value.
 #ifndef NEIGHBORHOOD_PRODUCTS_H_
@@ -38,33 +39,29 @@ inline void with_count(int64_t count, Visit visit) {
   visit(Constant<1>());
 }
 
-// The lanes of a tile whose windows are pushed against one border of the map.
+// The lanes of a tile whose key of a slot lies in a margin, and how much further on the key is for which it stands.
 template <typename T>
-struct Side {
+struct Margin {
   Integers<T> lanes;
-  int64_t column;  // of the window's first key
-  int64_t bias;    // of the first lane, in the reversed row of the bias table, for slot 0; less one per slot
+  int64_t distance;
 };
 
 // One row of queries in a product with one row of keys.
 template <typename T>
 struct ScoreRow {
-  const Vector<T>* query;          // (head_dim) vectors of lanes
-  const T *bias, *side_biases[2];  // of slot 0: in the table's row, and reversed for either side; or null
-  Vector<T>* scores;               // of slot 0
+  const Vector<T>* query;  // (head_dim) vectors of lanes
+  const T* bias;           // of slot 0, in the table's row, or null
+  Vector<T>* scores;       // of slot 0
 };
 
 // Scores of `Rows` rows of queries with one row of keys at `Slots` neighbouring slots. `keys` is the transposed row at
-// the first slot of the first lane, `side_keys` at that of either side.
-template <typename T, int Rows, int Slots, int Sides>
-void score(const T* keys, const T* const* side_keys, const Side<T>* sides, int64_t key_stride, int64_t head_dim,
-           const ScoreRow<T>* rows) {
+// the first slot of the first lane. `margins` is one per slot, or null where no lane's key lies in a margin.
+template <typename T, int Rows, int Slots>
+void score(const T* keys, const Margin<T>* margins, int64_t key_stride, int64_t head_dim, const ScoreRow<T>* rows) {
   const Vector<T>* queries[Rows];
 #pragma GCC unroll 4
   for (int r = 0; r < Rows; r++) queries[r] = rows[r].query;
-  const T* first_side = Sides > 0 ? side_keys[0] : nullptr;
-  const T* second_side = Sides > 1 ? side_keys[1] : nullptr;
-  const Integers<T> first_lanes = sides[0].lanes, second_lanes = sides[1].lanes;
+  Vector<T> total[Rows][Slots] = {};
   for (int64_t begin = 0; begin < head_dim; begin += kSumBlock) {
     const int64_t end = smaller(begin + kSumBlock, head_dim);
     Vector<T> sums[Rows][Slots] = {};
@@ -75,64 +72,48 @@ void score(const T* keys, const T* const* side_keys, const Side<T>* sides, int64
       }
 #pragma GCC unroll 8
       for (int t = 0; t < Slots; t++) {
-        Vector<T> key = load(keys + t);
-        if constexpr (Sides > 0) key = first_lanes ? splat(first_side[t]) : key;
-        if constexpr (Sides > 1) key = second_lanes ? splat(second_side[t]) : key;
-        key = in_register(key);
+        const Vector<T> key = in_register(load(keys + t));
 #pragma GCC unroll 4
         for (int r = 0; r < Rows; r++) sums[r][t] += queries[r][d] * key;
       }
       keys += key_stride;
-      if constexpr (Sides > 0) first_side += key_stride;
-      if constexpr (Sides > 1) second_side += key_stride;
     }
-    const bool last = end == head_dim;
 #pragma GCC unroll 4
-    for (int r = 0; r < Rows; r++) {
+    for (int r = 0; r < Rows; r++)
 #pragma GCC unroll 8
-      for (int t = 0; t < Slots; t++) {
-        if (begin) sums[r][t] += rows[r].scores[t];
-        if (last && rows[r].bias) {  // last: its size would round every step
-          Vector<T> bias = splat(rows[r].bias[t]);
-          if constexpr (Sides > 0) bias = first_lanes ? load(rows[r].side_biases[0] - t) : bias;
-          if constexpr (Sides > 1) bias = second_lanes ? load(rows[r].side_biases[1] - t) : bias;
-          sums[r][t] += bias;
-        }
-        rows[r].scores[t] = sums[r][t];
-      }
-    }
+      for (int t = 0; t < Slots; t++) total[r][t] += sums[r][t];
   }
+#pragma GCC unroll 4
+  for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 8
+    for (int t = 0; t < Slots; t++) {
+      Vector<T> bias = {};  // last: its size would round every step
+      if (rows[r].bias) bias = splat(rows[r].bias[t]);
+      if (rows[r].bias && margins) bias = margins[t].lanes ? splat(rows[r].bias[t + margins[t].distance]) : bias;
+      rows[r].scores[t] = total[r][t] + bias;
+    }
 }
 
 template <typename T>
-using ScoreFunction = void (*)(const T*, const T* const*, const Side<T>*, int64_t, int64_t, const ScoreRow<T>*);
+using ScoreFunction = void (*)(const T*, const Margin<T>*, int64_t, int64_t, const ScoreRow<T>*);
 
-template <typename T, int Rows, int Sides, int... I>
+template <typename T, int Rows, int... I>
 inline ScoreFunction<T> score_of(int64_t slots, std::integer_sequence<int, I...>) {
-  static constexpr ScoreFunction<T> functions[] = {score<T, Rows, I + 1, Sides>...};
+  static constexpr ScoreFunction<T> functions[] = {score<T, Rows, I + 1>...};
   return functions[slots - 1];
 }
 
-template <typename T, int Sides>
-inline ScoreFunction<T> score_of(int64_t rows, int64_t slots) {
+template <typename T>
+inline ScoreFunction<T> score_function(int64_t rows, int64_t slots) {
   ScoreFunction<T> found = nullptr;
-  with_count(
-      rows, [&](auto count) { found = score_of<T, count(), Sides>(slots, std::make_integer_sequence<int, kSlots>()); });
+  with_count(rows, [&](auto count) { found = score_of<T, count()>(slots, std::make_integer_sequence<int, kSlots>()); });
   return found;
 }
 
-template <typename T>
-inline ScoreFunction<T> score_function(int64_t rows, int64_t slots, int64_t sides) {
-  return sides == 0   ? score_of<T, 0>(rows, slots)
-         : sides == 1 ? score_of<T, 1>(rows, slots)
-                      : score_of<T, 2>(rows, slots);
-}
-
-// Neighbouring queries of a tile whose windows either slide along with them (shift 1) or, near a border, are the same
-// (shift 0): `count` times `size` of them, which share what is loaded.
+// Neighbouring queries of a tile: `count` times as many as share what is loaded.
 struct Group {
-  int32_t first_lane, size, shift, count;
-  int64_t start;  // the first query's first key
+  int64_t first_lane, count;
+  int64_t column;  // of the first query's first key, in rows of keys
 };
 
 // What a product over windows runs through: for each row of the window, a row of the map and a row of weights.
@@ -145,11 +126,12 @@ struct WindowRows {
   int64_t weight_stride;  // from one row of the window to the next
 };
 
-// Calls column(c, first, end) for each column c that the group's windows cover: queries first..end of it meet there,
-// with constants for a compiler that unrolls; all of them where it knows the `Kernel`, which is 0 else.
-template <int Queries, int Shift, int Kernel, typename Column>
+// Calls column(c, first, end) for each column c that the windows of `Queries` neighbours cover: queries first..end of
+// them meet there, with constants for a compiler that unrolls; all of them where it knows the `Kernel`, which is 0
+// else.
+template <int Queries, int Kernel, typename Column>
 inline __attribute__((always_inline)) void over_columns(int64_t kernel, Column column) {
-  constexpr int edge = Shift * (Queries - 1);
+  constexpr int edge = Queries - 1;
 #pragma GCC unroll 4
   for (int c = 0; c < edge; c++) column(c, 0, c + 1);
   if constexpr (Kernel) {
@@ -165,31 +147,32 @@ inline __attribute__((always_inline)) void over_columns(int64_t kernel, Column c
 }
 
 // Writes factor * sum of weight * row over the window of each query of the group: `Channels` vectors of channels from
-// `channel` on, of which `left` numbers are there. `to` and `factor` are the first query's; rows begin at column
-// `first_key`. `Kernel` is `kernel` where the compiler is to know it, else 0. `ahead` asks for memory.
-template <typename S, int Queries, int Shift, int Channels, int Kernel, typename Ahead, typename T = Computed<S>>
-__attribute__((noinline)) void weighted_sum(const WindowRows<T>& window, const Group& group, int64_t first_key,
-                                            int64_t kernel, int64_t channel, const T* factor, int64_t left, S* to,
-                                            int64_t stride, Ahead& ahead) {
+// `channel` on, of which `left` numbers are there. `to` and `factor` are the first query's. `Kernel` is `kernel` and
+// `Stride` the vectors of a column, where the compiler is to know them, else 0. `ahead` asks for memory.
+template <typename S, int Queries, int Channels, int Kernel, int Stride, typename Ahead, typename T = Computed<S>>
+__attribute__((noinline)) void weighted_sum(const WindowRows<T>& window, const Group& group, int64_t kernel,
+                                            int64_t channel, const T* factor, int64_t left, S* to, int64_t stride,
+                                            Ahead& ahead) {
   constexpr int n = Simd<T>::kLanes;
+  const int64_t column_stride = Stride ? Stride * n : window.column_stride;
   constexpr int64_t rows_at_once = kSumBlock / (Kernel ? Kernel : kSumBlock / 2);  // sums of sums round less
   for (int64_t i = 0; i < group.count; i++, factor += Queries, to += Queries * stride) {
     ahead.step();
-    const int64_t from = (group.start - first_key + i * Shift * Queries) * window.column_stride + channel;
+    const int64_t from = (group.column + i * Queries) * column_stride + channel;
     Vector<T> total[Queries][Channels] = {};
     for (int64_t begin = 0; begin < window.count; begin += rows_at_once) {
       Vector<T> sum[Queries][Channels] = {};
       for (int64_t a = begin; a < smaller(begin + rows_at_once, window.count); a++) {
         const T* row = window.rows[a] + from;
         const T* weights = window.weights + a * window.weight_stride + i * Queries;
-        over_columns<Queries, Shift, Kernel>(kernel, [&](int64_t c, int first, int end) __attribute__((always_inline)) {
+        over_columns<Queries, Kernel>(kernel, [&](int64_t c, int first, int end) __attribute__((always_inline)) {
           Vector<T> value[Channels];
 #pragma GCC unroll 4
-          for (int v = 0; v < Channels; v++) value[v] = in_register(load(row + c * window.column_stride + v * n));
+          for (int v = 0; v < Channels; v++) value[v] = in_register(load(row + c * column_stride + v * n));
 #pragma GCC unroll 4
           for (int u = 0; u < Queries; u++) {
             if (u < first || u >= end) continue;
-            const T weight = weights[(c - Shift * u) * n + u];
+            const T weight = weights[(c - u) * n + u];
 #pragma GCC unroll 4
             for (int v = 0; v < Channels; v++) sum[u][v] += weight * value[v];
           }
@@ -213,12 +196,13 @@ __attribute__((noinline)) void weighted_sum(const WindowRows<T>& window, const G
 }
 
 // row += weight * vector at every key of every query of the group; `vectors` is the first query's.
-template <typename S, int Queries, int Shift, int Channels, int Kernel, typename T = Computed<S>>
-__attribute__((noinline)) void spread(const WindowRows<T>& window, const Group& group, int64_t first_key,
-                                      int64_t kernel, int64_t channel, int64_t left, const S* vectors, int64_t stride) {
+template <typename S, int Queries, int Channels, int Kernel, int Stride, typename T = Computed<S>>
+__attribute__((noinline)) void spread(const WindowRows<T>& window, const Group& group, int64_t kernel, int64_t channel,
+                                      int64_t left, const S* vectors, int64_t stride) {
   constexpr int n = Simd<T>::kLanes;
+  const int64_t column_stride = Stride ? Stride * n : window.column_stride;
   for (int64_t i = 0; i < group.count; i++, vectors += Queries * stride) {
-    const int64_t to = (group.start - first_key + i * Shift * Queries) * window.column_stride + channel;
+    const int64_t to = (group.column + i * Queries) * column_stride + channel;
     Vector<T> vector[Queries][Channels];
 #pragma GCC unroll 4
     for (int u = 0; u < Queries; u++)
@@ -230,18 +214,18 @@ __attribute__((noinline)) void spread(const WindowRows<T>& window, const Group& 
     for (int64_t a = 0; a < window.count; a++) {
       T* row = window.rows[a] + to;
       const T* weights = window.weights + a * window.weight_stride + i * Queries;
-      over_columns<Queries, Shift, Kernel>(kernel, [&](int64_t c, int first, int end) __attribute__((always_inline)) {
+      over_columns<Queries, Kernel>(kernel, [&](int64_t c, int first, int end) __attribute__((always_inline)) {
         Vector<T> sum[Channels] = {};
 #pragma GCC unroll 4
         for (int u = 0; u < Queries; u++) {
           if (u < first || u >= end) continue;
-          const T weight = weights[(c - Shift * u) * n + u];
+          const T weight = weights[(c - u) * n + u];
 #pragma GCC unroll 4
           for (int v = 0; v < Channels; v++) sum[v] += weight * vector[u][v];
         }
 #pragma GCC unroll 4
         for (int v = 0; v < Channels; v++) {
-          T* sums = row + c * window.column_stride + v * n;
+          T* sums = row + c * column_stride + v * n;
           store(sums, load(sums) + sum[v]);
         }
       });
@@ -254,46 +238,45 @@ inline int64_t channels_at_once(int64_t channels) {
   return channels >= 2 ? 2 : 1;
 }
 
-template <int Queries, int Shift, typename Visit>
+template <int Queries, typename Visit>
 inline void with_variant(int64_t channels, Visit visit) {
   if constexpr (kChannels >= 4)
-    if (channels >= 4) return visit(Constant<Queries>(), Constant<Shift>(), Constant<4>());
-  if (channels >= 2) return visit(Constant<Queries>(), Constant<Shift>(), Constant<2>());
-  visit(Constant<Queries>(), Constant<Shift>(), Constant<1>());
+    if (channels >= 4) return visit(Constant<Queries>(), Constant<4>());
+  if (channels >= 2) return visit(Constant<Queries>(), Constant<2>());
+  visit(Constant<Queries>(), Constant<1>());
 }
 
-// Calls visit(queries, shift, channels) with constants: those of a group, and `channels` vectors of channels.
+// Calls visit(queries, channels) with constants: how many share what is loaded, and vectors of channels.
 template <typename Visit>
-inline void with_variant(const Group& group, int64_t channels, Visit visit) {
+inline void with_variant(int64_t queries, int64_t channels, Visit visit) {
   static_assert(kQueries == 4, "one case per number of queries");
-  switch (group.size * 2 + (group.shift && group.size > 1)) {
+  switch (queries) {
+    case 1:
+      return with_variant<1>(channels, visit);
     case 2:
-      return with_variant<1, 0>(channels, visit);
-    case 4:
-      return with_variant<2, 0>(channels, visit);
-    case 5:
-      return with_variant<2, 1>(channels, visit);
-    case 6:
-      return with_variant<3, 0>(channels, visit);
-    case 7:
-      return with_variant<3, 1>(channels, visit);
-    case 8:
-      return with_variant<4, 0>(channels, visit);
+      return with_variant<2>(channels, visit);
+    case 3:
+      return with_variant<3>(channels, visit);
     default:
-      return with_variant<4, 1>(channels, visit);
+      return with_variant<4>(channels, visit);
   }
 }
 
-// Calls visit(kernel) with a constant for the usual kernel sizes, of groups that are most of a map, and with 0
-// otherwise.
-template <int Queries, int Shift, typename Visit>
-inline void with_kernel(int64_t kernel, Visit visit) {
-  if constexpr (Queries == kQueries && Shift == 1) {
-    if (kernel == 7) return visit(Constant<7>());
-    if (kernel == 5) return visit(Constant<5>());
-    if (kernel == 3) return visit(Constant<3>());
+// Calls visit(kernel, stride) with constants for the usual kernel sizes and vectors of a column, of queries that are
+// most of a map, and with 0 otherwise.
+template <int Queries, int Channels, typename Visit>
+inline void with_sizes(int64_t kernel, int64_t stride, Visit visit) {
+  const auto with_stride = [&](auto known) {
+    if (stride == Channels) return visit(known, Constant<Channels>());
+    if (stride == 2 * Channels) return visit(known, Constant<2 * Channels>());
+    visit(known, Constant<0>());
+  };
+  if constexpr (Queries == kQueries) {
+    if (kernel == 7) return with_stride(Constant<7>());
+    if (kernel == 5) return with_stride(Constant<5>());
+    if (kernel == 3) return with_stride(Constant<3>());
   }
-  visit(Constant<0>());
+  visit(Constant<0>(), Constant<0>());
 }
 
 }  // namespace

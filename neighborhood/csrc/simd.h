@@ -247,12 +247,12 @@ struct Format<double> {
 template <typename T>
 inline Vector<T> exponential(Vector<T> x) {
   typedef Format<T> F;
-  x = x < F::kLowest ? splat(F::kLowest) : x;
-  const Vector<T> shifted = x * T(1.4426950408889634) + F::kRounder;
-  const Vector<T> n = shifted - F::kRounder;
+  x = splat(F::kLowest) > x ? splat(F::kLowest) : x;
+  // the lowest bits of `shifted` are the exponent of the power of two, biased, and those above it leave the register
+  const Vector<T> shifted = x * T(1.4426950408889634) + (F::kRounder + F::kExponentBias);
+  const Vector<T> n = shifted - (F::kRounder + F::kExponentBias);
   const Vector<T> p = exp_polynomial((x - n * F::kLog2High) - n * F::kLog2Low);
-  const Integers<T> exponent = (Integers<T>)shifted - (Integers<T>)splat(F::kRounder) + F::kExponentBias;
-  return p * (Vector<T>)(exponent << F::kMantissa);
+  return p * (Vector<T>)((Integers<T>)shifted << F::kMantissa);
 }
 
 // log(x) for finite x >= 1; NaN gives NaN.

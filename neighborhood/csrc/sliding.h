@@ -23,14 +23,12 @@ struct Sizes {
   bool volume;    // whether there are several planes
   bool prefetch;  // whether tensors outgrow the caches, so that rows are asked for before their turn
   int64_t height, head_dim;
-  int64_t padded_dim;            // head_dim in whole vectors
-  int64_t strip;                 // tiles of a strip, at most
-  int64_t width;                 // keys of a row of a strip, at most
-  int64_t margin, padded_width;  // of a transposed row: slots reach so far beyond the map
-  int64_t planes, rows;          // of keys that a block of rows of queries meets, at most
-  int64_t scores;                // vectors of scores of a tile of one row
-  int64_t bias_rows, table;      // rows and entries of the bias table
-  int64_t reversed_width;        // of a row of the reversed table, with a margin on either side
+  int64_t padded_dim;           // head_dim in whole vectors
+  int64_t strip;                // tiles of a strip, at most
+  int64_t width, padded_width;  // columns of a row of keys in a strip with its margins, at most; transposed
+  int64_t planes, rows;         // of keys that a block of rows of queries meets, at most
+  int64_t scores;               // vectors of scores of a tile of one row
+  int64_t bias_rows, table;     // rows and entries of the bias table
 
   explicit Sizes(const Shape& shape) {
     constexpr int n = Simd<T>::kLanes;
@@ -44,13 +42,12 @@ struct Sizes {
     rows = volume ? height : smaller(height, shape.kernel[1] + kRowBlock - 1);
     const int64_t kernel = shape.kernel[2];
     strip = shape.strip_columns(sizeof(T)) / n;
-    width = smaller(strip * n + kernel - 1, shape.longest(2));
-    margin = round_up(kernel - 1, n);  // whole vectors are written
-    padded_width = margin + round_up(width, n) + margin;
+    const int64_t around = kernel - 1 + kernel / 2;  // a narrow strip at a border needs more than one window's keys
+    width = smaller(strip * n, shape.longest(2)) + around;
+    padded_width = round_up(strip * n + around, n);
     scores = shape.window();
     bias_rows = (2 * shape.kernel[0] - 1) * (2 * shape.kernel[1] - 1);
     table = shape.table();
-    reversed_width = n + 2 * shape.kernel[2] - 1 + n;
   }
 
   int64_t slots() const { return planes * rows; }
@@ -65,20 +62,17 @@ struct Sizes {
 // Neighbouring queries of a row, one per lane.
 template <typename T>
 struct Tile {
-  int64_t first, lanes;  // queries first..first + lanes
-  int64_t sides;         // at how many borders some lanes are
-  Side<T> side[2];
-  int64_t sums;  // where gradients of the bias are summed: 0 away from borders
-  const Group* groups;
-  int64_t group_count;
-  int64_t shares;  // how often queries share what is loaded
+  int64_t first, lanes;      // queries first..first + lanes
+  const Margin<T>* margins;  // one per slot; null away from borders
+  int64_t sums;              // where gradients of the bias are summed: 0 away from borders
 };
 
-// Neighbouring tiles, and the columns of the keys that their windows cover.
+// Neighbouring tiles, the columns of the keys that their windows cover, and these with margins.
 template <typename T>
 struct Strip {
   const Tile<T>*first, *last;
   int64_t first_key, end_key;
+  int64_t first_column, end_column;
 
   const Tile<T>* begin() const { return first; }
   const Tile<T>* end() const { return last; }
@@ -89,10 +83,8 @@ template <typename T>
 class Tiles {
  public:
   Tiles(Carver& carver, const Shape& shape) {
-    constexpr int n = Simd<T>::kLanes;
-    const int64_t width = shape.longest(2);
-    tiles_ = carver.take<Tile<T>>(width / n + 1);
-    groups_ = carver.take<Group>(width);
+    tiles_ = carver.take<Tile<T>>(shape.longest(2) / Simd<T>::kLanes + 1);
+    margins_ = carver.take<Margin<T>>(most_sums(shape) * shape.kernel[2]);
   }
 
   // An upper bound of `Tile::sums`, plus one.
@@ -104,36 +96,21 @@ class Tiles {
   void begin(const Axis& columns) {
     constexpr int n = Simd<T>::kLanes;
     typedef typename Simd<T>::Integer Integer;
-    const int64_t length = columns.length, kernel = columns.kernel, last_start = length - kernel;
-    count_ = 0;
-    Group* group = groups_;
+    const int64_t length = columns.length, kernel = columns.kernel, before = kernel / 2;
+    const Integers<T> lane = lane_numbers<T>();
+    Margin<T>* margin = margins_;
     int64_t borders = 0;
+    count_ = 0;
     for (int64_t x = 0; x < length; x += n) {
-      Tile<T>& tile = tiles_[count_++];
-      tile.first = x;
-      tile.lanes = smaller<int64_t>(n, length - x);
-      tile.sides = 0;
-      const Integers<T> lane = lane_numbers<T>();
-      tile.side[0].lanes = tile.side[1].lanes = Integers<T>{};
-      tile.side[0].column = tile.side[1].column = columns.start(x);  // of sides that there are not, for their address
-      if (x < kernel / 2) tile.side[tile.sides++] = {lane < static_cast<Integer>(kernel / 2 - x), 0, kernel - 1 + x};
-      if (x + n - 1 - kernel / 2 > last_start) {  // lanes without a query too
-        const int64_t sliding = larger<int64_t>(last_start + kernel / 2 - x, -1);
-        tile.side[tile.sides++] = {lane > static_cast<Integer>(sliding), last_start, 2 * kernel - 1 - length + x};
-      }
-      tile.sums = tile.sides ? ++borders : 0;
-      tile.groups = group;
-      for (int64_t i = 0; i < tile.lanes;) {
-        const Group next = next_group(columns, x, i, tile.lanes);
-        i += next.size;
-        if (group > tile.groups && continues(group[-1], next))
-          group[-1].count++;
+      const bool inside = x >= before && x + n - before + kernel <= length + 1;  // all lanes are queries, too
+      tiles_[count_++] = {x, smaller<int64_t>(n, length - x), inside ? nullptr : margin, inside ? 0 : ++borders};
+      for (int64_t t = 0; t < kernel && !inside; t++) {
+        const Integers<T> column = lane + static_cast<Integer>(x - before + t);
+        if (t < before)
+          *margin++ = {column < 0, kernel};
         else
-          *group++ = next;
+          *margin++ = {column >= static_cast<Integer>(length), t > before ? -kernel : 0};
       }
-      tile.group_count = group - tile.groups;
-      tile.shares = 0;
-      for (const Group* g = tile.groups; g < group; g++) tile.shares += g->count;
     }
   }
 
@@ -145,68 +122,66 @@ class Tiles {
   Strip<T> strip(const Sizes<T>& sizes, const Axis& columns, int64_t index) const {
     const Tile<T>*first = tiles_ + index * sizes.strip, *last = smaller(first + sizes.strip, end());
     const Tile<T>& end_tile = last[-1];
-    return {first, last, columns.start(first->first),
-            columns.start(end_tile.first + end_tile.lanes - 1) + columns.kernel};
+    const int64_t end = end_tile.first + end_tile.lanes, sliding = first->first - columns.kernel / 2;
+    const int64_t first_key = columns.start(first->first), end_key = columns.start(end - 1) + columns.kernel;
+    const int64_t end_sliding = sliding + end - 1 - first->first + columns.kernel;
+    return {first, last, first_key, end_key, smaller(sliding, first_key), larger(end_sliding, end_key)};
   }
 
  private:
-  static Group next_group(const Axis& columns, int64_t tile, int64_t lane, int64_t lanes) {
-    Group group = {static_cast<int32_t>(lane), 1, 0, 1, columns.start(tile + lane)};
-    // sliding windows that overlap too little would leave nothing to share
-    const int64_t limit = smaller<int64_t>(kQueries, columns.kernel + 1);
-    if (lane + 1 < lanes) group.shift = static_cast<int32_t>(columns.start(tile + lane + 1) - group.start);
-    while (group.size < (group.shift ? limit : kQueries) && lane + group.size < lanes &&
-           columns.start(tile + lane + group.size) == group.start + group.shift * group.size)
-      group.size++;
-    return group;
-  }
-
-  static bool continues(const Group& group, const Group& next) {
-    return next.size == group.size && next.shift == group.shift &&
-           next.start == group.start + group.count * group.shift * group.size;
-  }
-
   Tile<T>* tiles_;
-  Group* groups_;
+  Margin<T>* margins_;
   int64_t count_ = 0;
 };
 
-// Rows of a tensor that a block of queries meets, within a strip: by channels for scores, by columns for products with
-// weights. These are copied too: in large tensors columns of neighbouring rows lie as far apart as makes them compete
-// for few places of a cache.
+// Rows of a tensor that a block of queries meets, within a strip, with margins: by channels for scores, by columns for
+// products with weights. These are copied too: in large tensors columns of neighbouring rows lie as far apart as makes
+// them compete for few places of a cache.
 template <typename S>
 struct KeyRows {
   typedef Computed<S> T;
   T* transposed;  // (slots, head_dim, padded_width), or null
   T* packed;      // (slots, width, padded_dim), or null
-  int64_t first_key, end_key;
+  T* block;       // (kLanes, padded_dim): columns that do not follow one another in memory
+  int64_t first_column, end_column;
   const S* from;
 
   KeyRows(Carver& carver, const Sizes<T>& sizes, bool transposes, bool packs) {
     transposed = transposes ? carver.take<T>(sizes.slots() * sizes.head_dim * sizes.padded_width) : nullptr;
     packed = packs ? carver.take<T>(sizes.slots() * sizes.row_elements()) : nullptr;
+    block = carver.take<T>(Simd<T>::kLanes * sizes.padded_dim);
   }
 
-  void begin(const Map& map, const Strip<T>& strip, const S* tensor) {
+  void begin(const Sizes<T>& sizes, const Map& map, const Strip<T>& strip, const S* tensor) {
     from = tensor + map.inputs.offset;
-    first_key = strip.first_key;
-    end_key = strip.end_key;
+    first_column = strip.first_column;
+    end_column = strip.end_column;
+    const int64_t written = round_up(end_column - first_column, Simd<T>::kLanes);
+    // lanes without a query meet what is never written
+    for (int64_t row = 0; transposed && row < sizes.slots() * sizes.head_dim; row++)
+      for (int64_t x = written; x < sizes.padded_width; x++) transposed[row * sizes.padded_width + x] = 0;
   }
 
   void fetch(const Sizes<T>& sizes, const Map& map, int64_t plane, int64_t row) {
     constexpr int n = Simd<T>::kLanes;
+    const Axis& columns = map.columns();
     const int64_t slot = sizes.slot(plane, row), stride = map.inputs.stride[2];
     const S* source = from + plane * map.inputs.stride[0] + row * map.inputs.stride[1];
-    if (transposed) {
-      T* to = transposed_row(sizes, slot);
-      for (int64_t x = first_key; x < end_key; x += n)
-        transpose<S>(source + x * stride, stride, smaller<int64_t>(n, end_key - x), sizes.head_dim, T(1),
-                     to + x - first_key, sizes.padded_width);
-    }
-    if (packed) {
-      T* to = packed + slot * sizes.row_elements();
-      for (int64_t x = first_key; x < end_key; x++, to += sizes.padded_dim)
-        read_row(source + x * stride, sizes.head_dim, sizes.padded_dim, to);
+    const auto pack = [&](int64_t x, int64_t end, T* to) {
+      for (; x < end; x++, to += sizes.padded_dim)
+        read_row(source + columns.inside(x) * stride, sizes.head_dim, sizes.padded_dim, to);
+    };
+    if (packed) pack(first_column, end_column, packed + slot * sizes.row_elements());
+    if (!transposed) return;
+    T* to = transposed_row(sizes, slot);
+    for (int64_t x = first_column; x < end_column; x += n, to += n) {
+      const int64_t count = smaller<int64_t>(n, end_column - x);
+      if (x >= 0 && x + count <= columns.length) {
+        transpose<S>(source + x * stride, stride, count, sizes.head_dim, T(1), to, sizes.padded_width);
+      } else {
+        pack(x, x + count, block);
+        transpose<T>(block, sizes.padded_dim, count, sizes.head_dim, T(1), to, sizes.padded_width);
+      }
     }
   }
 
@@ -214,9 +189,8 @@ struct KeyRows {
     return packed + sizes.slot(plane, row) * sizes.row_elements();
   }
 
-  // The row's channels at column `first_key`.
   T* transposed_row(const Sizes<T>& sizes, int64_t slot) const {
-    return transposed + slot * sizes.head_dim * sizes.padded_width + sizes.margin;
+    return transposed + slot * sizes.head_dim * sizes.padded_width;
   }
 };
 
@@ -302,31 +276,14 @@ inline void advance(bool volume, int64_t height, int64_t end_plane, int64_t end_
   }
 }
 
-// The bias table of one head.
-template <typename T>
-struct Bias {
-  const T* table;  // or null
-  T* reversed;     // each row reversed, with a margin of a vector on either side
-
-  void begin(const Sizes<T>& sizes, int64_t kernel, const T* head_table) {
-    constexpr int n = Simd<T>::kLanes;
-    table = head_table;
-    const int64_t width = 2 * kernel - 1;
-    for (int64_t row = 0; table && row < sizes.bias_rows; row++)
-      for (int64_t j = 0; j < width; j++)
-        reversed[row * sizes.reversed_width + n + j] = table[row * width + width - 1 - j];
-  }
-};
-
 // Scores of rows [y, y + count) of queries of plane z, for one tile.
 //
-// `queries` is (count, head_dim) vectors; `scores` (count, sizes.scores) vectors, of which row r holds (planes of the
-// window, rows of the window, slots).
+// `bias` is the head's table, or null; `queries` is (count, head_dim) vectors; `scores` (count, sizes.scores) vectors,
+// of which row r holds (planes of the window, rows of the window, slots).
 template <typename S, typename T = Computed<S>>
-void score_tile(const Sizes<T>& sizes, const Map& map, const Tile<T>& tile, const KeyRows<S>& keys, const Bias<T>& bias,
+void score_tile(const Sizes<T>& sizes, const Map& map, const Tile<T>& tile, const KeyRows<S>& keys, const T* bias,
                 int64_t z, int64_t y, int64_t count, const Vector<T>* queries, Vector<T>* scores,
                 Prefetcher<S>& prefetcher) {
-  constexpr int n = Simd<T>::kLanes;
   const Axis& axis = map.rows();
   const int64_t planes = map.planes().kernel, kernel = map.columns().kernel, first_plane = map.planes().start(z);
   const int64_t passes = (kernel + kSlots - 1) / kSlots;
@@ -344,79 +301,87 @@ void score_tile(const Sizes<T>& sizes, const Map& map, const Tile<T>& tile, cons
         ScoreRow<T>& row = rows[active++];
         row.query = queries + r * sizes.head_dim;
         row.scores = scores + r * sizes.scores + (plane * axis.kernel + a) * kernel;
-        row.bias = bias.table ? bias.table + bias_row * (2 * kernel - 1) + kernel - 1 - kernel / 2 : nullptr;
-        for (int64_t s = 0; s < tile.sides && bias.table; s++)
-          row.side_biases[s] = bias.reversed + bias_row * sizes.reversed_width + n + tile.side[s].bias;
+        row.bias = bias ? bias + bias_row * (2 * kernel - 1) + kernel - 1 - kernel / 2 : nullptr;
       }
       const T* row = keys.transposed_row(sizes, sizes.slot(first_plane + plane, key));
-      const T* side_rows[2] = {row + tile.side[0].column - keys.first_key, row + tile.side[1].column - keys.first_key};
-      row += tile.first - kernel / 2 - keys.first_key;
+      row += tile.first - kernel / 2 - keys.first_column;
       for (int64_t pass = 0, slot = 0; pass < passes; pass++) {
         const int64_t slots = passes == 1 ? kernel : (kernel - slot) / (passes - pass);
-        const T* sides[2] = {side_rows[0] + slot, side_rows[1] + slot};
-        score_function<T>(active, slots, tile.sides)(row + slot, sides, tile.side, sizes.padded_width, sizes.head_dim,
-                                                     rows);
+        score_function<T>(active, slots)(row + slot, tile.margins ? tile.margins + slot : nullptr, sizes.padded_width,
+                                         sizes.head_dim, rows);
         slot += slots;
         for (int64_t i = 0; i < active && pass + 1 < passes; i++) {
           rows[i].scores += slots;
-          if (!rows[i].bias) continue;
-          rows[i].bias += slots;
-          for (int64_t s = 0; s < tile.sides; s++) rows[i].side_biases[s] -= slots;
+          if (rows[i].bias) rows[i].bias += slots;
         }
       }
     }
   }
 }
 
-// For each query of a tile: factor * sum of weight * row over its window, whose rows are given from column `first_key`
-// on. `to` is of the row's first query, and `stride` from one to the next.
+// How many neighbouring queries share what is loaded: windows of more would overlap too little.
+inline int64_t queries_at_once(const Map& map) { return smaller<int64_t>(kQueries, map.columns().kernel + 1); }
+
+template <typename T>
+inline int64_t groups(const Map& map, const Tile<T>& tile) {
+  return (tile.lanes + queries_at_once(map) - 1) / queries_at_once(map);
+}
+
+// Calls visit(group, queries) for all queries of a tile.
+template <typename T, typename Visit>
+inline void over_groups(const Map& map, const Tile<T>& tile, int64_t first_column, Visit visit) {
+  const int64_t at_once = queries_at_once(map), rest = tile.lanes % at_once;
+  const int64_t first = tile.first - map.columns().kernel / 2 - first_column;
+  if (tile.lanes > rest) visit(Group{0, tile.lanes / at_once, first}, at_once);
+  if (rest) visit(Group{tile.lanes - rest, 1, first + tile.lanes - rest}, rest);
+}
+
+// For each query of a tile: factor * sum of weight * row over its window, whose rows are given from `first_column` on.
+// `to` is of the row's first query, and `stride` from one to the next.
 template <typename S, typename T = Computed<S>>
-void weigh(const Sizes<T>& sizes, const Map& map, const Tile<T>& tile, T* const* rows, int64_t first_key,
+void weigh(const Sizes<T>& sizes, const Map& map, const Tile<T>& tile, T* const* rows, int64_t first_column,
            const Vector<T>* weights, const T* factor, S* to, int64_t stride, Prefetcher<S>& prefetcher) {
   constexpr int n = Simd<T>::kLanes;
   const int64_t kernel = map.columns().kernel;
   WindowRows<T> window = {rows, sizes.padded_dim, sizes.scores / kernel, nullptr, kernel * n};
-  for (int64_t g = 0; g < tile.group_count; g++) {
-    const Group& group = tile.groups[g];
+  over_groups(map, tile, first_column, [&](const Group& group, int64_t queries_of_group) {
     window.weights = reinterpret_cast<const T*>(weights) + group.first_lane;
     for (int64_t c = 0; c < sizes.padded_dim;) {
       const int64_t channels = channels_at_once((sizes.padded_dim - c) / n);
       S* first = to + (tile.first + group.first_lane) * stride + c;
-      with_variant(group, channels, [&](auto queries, auto shift, auto vectors) {
-        with_kernel<queries(), shift()>(kernel, [&](auto known) {
-          weighted_sum<S, queries(), shift(), vectors(), known()>(window, group, first_key, kernel, c,
-                                                                  factor + group.first_lane, sizes.head_dim - c, first,
-                                                                  stride, prefetcher);
+      with_variant(queries_of_group, channels, [&](auto queries, auto vectors) {
+        with_sizes<queries(), vectors()>(kernel, sizes.padded_dim / n, [&](auto known, auto vectors_of_column) {
+          weighted_sum<S, queries(), vectors(), known(), vectors_of_column()>(
+              window, group, kernel, c, factor + group.first_lane, sizes.head_dim - c, first, stride, prefetcher);
         });
       });
       c += channels * n;
     }
-  }
+  });
 }
 
 // Adds weight * vector of each query of a tile to the given rows of its window, of which there are `count`; they begin
-// at column `first_key`. `vectors` is of the row's first query, and `stride` from one to the next.
+// at `first_column`. `vectors` is of the row's first query, and `stride` from one to the next.
 template <typename S, typename T = Computed<S>>
-void scatter(const Sizes<T>& sizes, const Map& map, const Tile<T>& tile, T* const* rows, int64_t first_key,
+void scatter(const Sizes<T>& sizes, const Map& map, const Tile<T>& tile, T* const* rows, int64_t first_column,
              int64_t count, const Vector<T>* weights, const S* vectors, int64_t stride) {
   constexpr int n = Simd<T>::kLanes;
   const int64_t kernel = map.columns().kernel;
   WindowRows<T> window = {rows, sizes.padded_dim, count, nullptr, kernel * n};
-  for (int64_t g = 0; g < tile.group_count; g++) {
-    const Group& group = tile.groups[g];
+  over_groups(map, tile, first_column, [&](const Group& group, int64_t queries_of_group) {
     window.weights = reinterpret_cast<const T*>(weights) + group.first_lane;
     for (int64_t c = 0; c < sizes.padded_dim;) {
       const int64_t channels = channels_at_once((sizes.padded_dim - c) / n);
       const S* first = vectors + (tile.first + group.first_lane) * stride + c;
-      with_variant(group, channels, [&](auto queries, auto shift, auto parts) {
-        with_kernel<queries(), shift()>(kernel, [&](auto known) {
-          spread<S, queries(), shift(), parts(), known()>(window, group, first_key, kernel, c, sizes.head_dim - c,
-                                                          first, stride);
+      with_variant(queries_of_group, channels, [&](auto queries, auto parts) {
+        with_sizes<queries(), parts()>(kernel, sizes.padded_dim / n, [&](auto known, auto parts_of_column) {
+          spread<S, queries(), parts(), known(), parts_of_column()>(window, group, kernel, c, sizes.head_dim - c, first,
+                                                                    stride);
         });
       });
       c += channels * n;
     }
-  }
+  });
 }
 
 // The part of a map that a band holds, or that its queries make up.
@@ -461,7 +426,7 @@ struct SlidingForward {
   KeyRows<S> keys, values;
   Tiles<T> tiles;
   Prefetcher<S> prefetcher;
-  Bias<T> bias;
+  const T* bias;  // the head's table, or null
   Vector<T>*queries, *scores;
   T** rows;
   ForwardArguments<S> arguments;
@@ -472,7 +437,6 @@ struct SlidingForward {
 
   SlidingForward(Carver& carver, const Shape& shape)
       : sizes(shape), keys(carver, sizes, true, false), values(carver, sizes, false, true), tiles(carver, shape) {
-    bias.reversed = carver.take<T>(sizes.bias_rows * sizes.reversed_width);
     queries = carver.take<Vector<T>>(kRowBlock * sizes.head_dim);
     scores = carver.take<Vector<T>>(kRowBlock * sizes.scores);
     rows = carver.take<T*>(sizes.scores);
@@ -483,15 +447,15 @@ struct SlidingForward {
     map = of_head;
     queries_region = region;
     tiles.begin(map.columns());
-    bias.begin(sizes, map.columns().kernel, arguments.bias ? arguments.bias + map.head * shape.table() : nullptr);
+    bias = arguments.bias ? arguments.bias + map.head * shape.table() : nullptr;
   }
 
   int64_t strips() const { return tiles.strips(sizes); }
 
   void begin_strip(int64_t index) {
     strip = tiles.strip(sizes, map.columns(), index);
-    keys.begin(map, strip, arguments.key);
-    values.begin(map, strip, arguments.value);
+    keys.begin(sizes, map, strip, arguments.key);
+    values.begin(sizes, map, strip, arguments.value);
     fetched =
         sizes.volume ? map.planes().start(queries_region.first_plane) : map.rows().start(queries_region.first_row);
   }
@@ -505,7 +469,7 @@ struct SlidingForward {
     for (const Tile<T>& tile : strip) {
       prefetcher.begin(sizes, map, strip, tile, y, queries_region.end_row, {{arguments.query, map.inputs}},
                        {{arguments.key, map.inputs}, {arguments.value, map.inputs}},
-                       map.rows().kernel + count * tile.shares);
+                       map.rows().kernel + count * groups(map, tile));
       run_tile(tile, z, y, count);
     }
   }
@@ -520,7 +484,7 @@ struct SlidingForward {
     for (int64_t r = 0; r < count; r++)
       transpose<S>(arguments.query + map.inputs.at(z, y + r) + tile.first * stride, stride, tile.lanes, sizes.head_dim,
                    static_cast<T>(arguments.scale), reinterpret_cast<T*>(queries + r * sizes.head_dim), n);
-    score_tile<S>(sizes, map, tile, keys, bias, z, y, count, queries, scores, prefetcher);
+    score_tile<S, T>(sizes, map, tile, keys, bias, z, y, count, queries, scores, prefetcher);
     Vector<T> sums[kRowBlock], maxima[kRowBlock];
     with_count(count, [&](auto rows_at_once) {
       soften<T, rows_at_once()>(planes * height, map.columns().kernel, scores, sizes.scores, sums, maxima);
@@ -531,8 +495,8 @@ struct SlidingForward {
         for (int64_t a = 0; a < height; a++)
           rows[p * height + a] = values.row(sizes, map.planes().start(z) + p, map.rows().start(y + r) + a);
       const int64_t row = map.output.at(z, y + r);
-      weigh<S>(sizes, map, tile, rows, values.first_key, scores + r * sizes.scores, reinterpret_cast<const T*>(&factor),
-               arguments.output + row, output_stride, prefetcher);
+      weigh<S>(sizes, map, tile, rows, values.first_column, scores + r * sizes.scores,
+               reinterpret_cast<const T*>(&factor), arguments.output + row, output_stride, prefetcher);
       if (!arguments.logsumexp) continue;
       const Vector<T> logsumexp = maxima[r] + logarithm<T>(sums[r]);
       const int64_t token = output_stride / sizes.head_dim;
@@ -554,7 +518,7 @@ struct SlidingBackward {
   KeyRows<S> keys, values;
   Tiles<T> tiles;
   Prefetcher<S> prefetcher;
-  Bias<T> bias;
+  const T* bias;               // the head's table, or null
   T *grad_keys, *grad_values;  // (slots, width, padded_dim)
   Vector<T>*queries, *grads;   // (kRowBlock, head_dim), by channels
   Vector<T>*weights, *slopes;  // P and dS, like scores
@@ -575,7 +539,6 @@ struct SlidingBackward {
 
   SlidingBackward(Carver& carver, const Shape& shape)
       : sizes(shape), keys(carver, sizes, true, true), values(carver, sizes, true, false), tiles(carver, shape) {
-    bias.reversed = carver.take<T>(sizes.bias_rows * sizes.reversed_width);
     grad_keys = carver.take<T>(sizes.slots() * sizes.row_elements());
     grad_values = carver.take<T>(sizes.slots() * sizes.row_elements());
     queries = carver.take<Vector<T>>(kRowBlock * sizes.head_dim);
@@ -598,7 +561,7 @@ struct SlidingBackward {
     map = of_head;
     grad_bias = bias_part;
     tiles.begin(map.columns());
-    bias.begin(sizes, map.columns().kernel, arguments.bias ? arguments.bias + map.head * shape.table() : nullptr);
+    bias = arguments.bias ? arguments.bias + map.head * shape.table() : nullptr;
     most_sums = Tiles<T>::most_sums(shape);
     if (grad_bias) std::memset(bias_sums, 0, most_sums * sums * sizeof(Vector<T>));
     summed = 0;
@@ -619,8 +582,8 @@ struct SlidingBackward {
     // the next strip goes on with the sums from this column on
     const bool last = index + 1 == strips();
     end_done = last ? map.columns().length : tiles.strip(sizes, map.columns(), index + 1).first_key;
-    keys.begin(map, strip, arguments.key);
-    values.begin(map, strip, arguments.value);
+    keys.begin(sizes, map, strip, arguments.key);
+    values.begin(sizes, map, strip, arguments.value);
     fetched = cut_axis().start(sizes.volume ? queries_region.first_plane : queries_region.first_row);
     written = begin_own;
   }
@@ -638,9 +601,10 @@ struct SlidingBackward {
     const int64_t query = volume ? z : y, end_query = volume ? z + 1 : y + count;
     const bool own = query >= begin_own && query < end_own;  // bands and segments begin at multiples of kRowBlock
     for (const Tile<T>& tile : strip) {
-      prefetcher.begin(
-          sizes, map, strip, tile, y, end_row, {{arguments.query, map.inputs}, {arguments.grad_output, map.output}},
-          {{arguments.key, map.inputs}, {arguments.value, map.inputs}}, 2 * map.rows().kernel + count * tile.shares);
+      prefetcher.begin(sizes, map, strip, tile, y, end_row,
+                       {{arguments.query, map.inputs}, {arguments.grad_output, map.output}},
+                       {{arguments.key, map.inputs}, {arguments.value, map.inputs}},
+                       2 * map.rows().kernel + count * groups(map, tile));
       run_tile(tile, z, y, count, own);
     }
     const bool plane_ends = volume && y + count == end_row;
@@ -688,8 +652,8 @@ struct SlidingBackward {
       const double* sums = arguments.logsumexp + map.output.at(z, y + r) / sizes.head_dim + tile.first * token;
       for (int64_t i = 0; i < tile.lanes; i++) logsumexp[r][i] = static_cast<T>(sums[i * token]);
     }
-    score_tile<S>(sizes, map, tile, keys, bias, z, y, count, queries, weights, prefetcher);
-    score_tile<S>(sizes, map, tile, values, Bias<T>{nullptr, nullptr}, z, y, count, grads, slopes, prefetcher);
+    score_tile<S, T>(sizes, map, tile, keys, bias, z, y, count, queries, weights, prefetcher);
+    score_tile<S, T>(sizes, map, tile, values, nullptr, z, y, count, grads, slopes, prefetcher);
     with_count(count, [&](auto rows_at_once) {
       slope<T, rows_at_once()>(planes * height, kernel, logsumexp, weights, slopes, sizes.scores);
     });
@@ -699,7 +663,7 @@ struct SlidingBackward {
       if (own) {
         for (int64_t p = 0; p < planes; p++)
           for (int64_t a = 0; a < height; a++) rows[p * height + a] = keys.row(sizes, first_plane + p, first_key + a);
-        weigh<S>(sizes, map, tile, rows, keys.first_key, row_slopes, reinterpret_cast<const T*>(&scales),
+        weigh<S>(sizes, map, tile, rows, keys.first_column, row_slopes, reinterpret_cast<const T*>(&scales),
                  arguments.grad_query + row, stride, prefetcher);
         if (grad_bias) add_bias(tile, z, y + r, row_slopes);
       }
@@ -715,9 +679,10 @@ struct SlidingBackward {
         }
         const Vector<T>* factors = (sums == grad_keys ? row_slopes : row_weights) + skipped * per_step * kernel;
         if (sums == grad_keys)
-          scatter<S>(sizes, map, tile, rows, keys.first_key, kept * per_step, factors, arguments.query + row, stride);
+          scatter<S>(sizes, map, tile, rows, keys.first_column, kept * per_step, factors, arguments.query + row,
+                     stride);
         else
-          scatter<S>(sizes, map, tile, rows, keys.first_key, kept * per_step, factors,
+          scatter<S>(sizes, map, tile, rows, keys.first_column, kept * per_step, factors,
                      arguments.grad_output + map.output.at(z, y + r), output_stride);
       }
     }
@@ -744,10 +709,11 @@ struct SlidingBackward {
     }
     for (const Tile<T>& tile : strip) {
       if (tile.sums == 0) continue;
-      for (int64_t i = 0; i < tile.lanes; i++) {
-        const int64_t query = tile.first + i, first = map.columns().start(query) - query + kernel - 1;
-        for (int64_t j = 0; j < sums; j++)
-          part[j / kernel * width + j % kernel + first] += bias_sums[tile.sums * sums + j][i];
+      for (int64_t j = 0; j < sums; j++) {
+        const Margin<T>& margin = tile.margins[j % kernel];
+        double* to = part + j / kernel * width + j % kernel + kernel - 1 - kernel / 2;
+        for (int64_t i = 0; i < tile.lanes; i++)
+          to[margin.lanes[i] ? margin.distance : 0] += bias_sums[tile.sums * sums + j][i];
       }
     }
     std::memset(bias_sums, 0, most_sums * sums * sizeof(Vector<T>));
@@ -757,15 +723,17 @@ struct SlidingBackward {
   // Sums of a row: zero, or what the strip before left, in the columns before `end_known`.
   void begin_sums(int64_t plane, int64_t row, const T* from, T* sums) {
     T* to = sums + sizes.slot(plane, row) * sizes.row_elements();
+    std::memset(to, 0, (strip.end_column - strip.first_column) * sizes.padded_dim * sizeof(T));
     const int64_t known = larger<int64_t>(end_known - strip.first_key, 0) * sizes.padded_dim;
-    const int64_t all = (strip.end_key - strip.first_key) * sizes.padded_dim;
-    if (known) std::memcpy(to, from + carried_at(plane, row), known * sizeof(T));
-    std::memset(to + known, 0, (all - known) * sizeof(T));
+    if (known) std::memcpy(column(to, strip.first_key), from + carried_at(plane, row), known * sizeof(T));
   }
 
   // Writes a row's gradients in the columns before `end_done`, and leaves the sums of the others for the next strip.
-  void end_sums(int64_t plane, int64_t row, const T* sums, T factor, T* carried, S* to) {
-    const T* from = sums + sizes.slot(plane, row) * sizes.row_elements();
+  void end_sums(int64_t plane, int64_t row, T* sums, T factor, T* carried, S* to) {
+    T* columns = sums + sizes.slot(plane, row) * sizes.row_elements();
+    for (int64_t x = strip.first_column; x < 0; x++) add_column(columns, x);
+    for (int64_t x = map.columns().length; x < strip.end_column; x++) add_column(columns, x);
+    const T* from = column(columns, strip.first_key);
     to += map.inputs.at(plane, row);
     int64_t x = strip.first_key;
     for (; x < smaller(end_done, strip.end_key); x++, from += sizes.padded_dim)
@@ -773,6 +741,15 @@ struct SlidingBackward {
     if (x < strip.end_key)
       std::memcpy(carried + carried_at(plane, row), from, (strip.end_key - x) * sizes.padded_dim * sizeof(T));
   }
+
+  // Adds a column of a margin to that for which it stands.
+  void add_column(T* columns, int64_t x) const {
+    const T* from = column(columns, x);
+    T* to = column(columns, map.columns().inside(x));
+    for (int64_t c = 0; c < sizes.padded_dim; c++) to[c] += from[c];
+  }
+
+  T* column(T* columns, int64_t x) const { return columns + (x - strip.first_column) * sizes.padded_dim; }
 
   int64_t carried_at(int64_t plane, int64_t row) const {
     return (plane * map.rows().length + row) * map.columns().kernel * sizes.padded_dim;

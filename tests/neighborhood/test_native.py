@@ -115,6 +115,11 @@ def test_the_bias_gradient_of_many_lanes_at_borders_rounds_little(instruction_se
     assert_close(run(*arrays, kernel_size, dilation, 0.3)[-1:], expected[-1:], BOUND["float32"], ("rel_pos_bias",))
 
 
+def test_windows_longer_than_two_strips(instruction_set):
+    for seed in range(2):  # working memory holds what the call before left
+        check((1, 2, 97, 1, 600), (1, 70), (1, 1), True, "float64", seed)  # the last strip has one query
+
+
 def test_a_large_window_works_too():
     check((1, 40, 45, 1, 3), (31, 40), (1, 1), True, "float64")
 
