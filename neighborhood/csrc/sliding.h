@@ -122,10 +122,15 @@ class Tiles {
   Strip<T> strip(const Sizes<T>& sizes, const Axis& columns, int64_t index) const {
     const Tile<T>*first = tiles_ + index * sizes.strip, *last = smaller(first + sizes.strip, end());
     const Tile<T>& end_tile = last[-1];
-    const int64_t end = end_tile.first + end_tile.lanes, sliding = first->first - columns.kernel / 2;
-    const int64_t first_key = columns.start(first->first), end_key = columns.start(end - 1) + columns.kernel;
-    const int64_t end_sliding = sliding + end - 1 - first->first + columns.kernel;
-    return {first, last, first_key, end_key, smaller(sliding, first_key), larger(end_sliding, end_key)};
+    const int64_t kernel = columns.kernel, before = kernel / 2;
+    const int64_t begin = first->first, end = end_tile.first + end_tile.lanes;
+    const int64_t first_key = columns.start(begin), end_key = columns.start(end - 1) + kernel;
+    return {first,
+            last,
+            first_key,
+            end_key,
+            smaller(begin - before, first_key),
+            larger(end - 1 - before + kernel, end_key)};
   }
 
  private:
@@ -142,14 +147,14 @@ struct KeyRows {
   typedef Computed<S> T;
   T* transposed;  // (slots, head_dim, padded_width), or null
   T* packed;      // (slots, width, padded_dim), or null
-  T* block;       // (kLanes, padded_dim): columns that do not follow one another in memory
+  T* block;       // (kLanes, padded_dim): columns to transpose that do not follow one another in memory, or null
   int64_t first_column, end_column;
   const S* from;
 
   KeyRows(Carver& carver, const Sizes<T>& sizes, bool transposes, bool packs) {
     transposed = transposes ? carver.take<T>(sizes.slots() * sizes.head_dim * sizes.padded_width) : nullptr;
     packed = packs ? carver.take<T>(sizes.slots() * sizes.row_elements()) : nullptr;
-    block = carver.take<T>(Simd<T>::kLanes * sizes.padded_dim);
+    block = transposes ? carver.take<T>(Simd<T>::kLanes * sizes.padded_dim) : nullptr;
   }
 
   void begin(const Sizes<T>& sizes, const Map& map, const Strip<T>& strip, const S* tensor) {
@@ -157,7 +162,7 @@ struct KeyRows {
     first_column = strip.first_column;
     end_column = strip.end_column;
     const int64_t written = round_up(end_column - first_column, Simd<T>::kLanes);
-    // lanes without a query meet what is never written
+    // lanes without a query meet what is never written: of numbers below the normal ones, products are slow
     for (int64_t row = 0; transposed && row < sizes.slots() * sizes.head_dim; row++)
       for (int64_t x = written; x < sizes.padded_width; x++) transposed[row * sizes.padded_width + x] = 0;
   }
