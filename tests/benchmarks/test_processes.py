@@ -158,3 +158,17 @@ except ContenderError as error:
     print(error)
 """
     assert run(body) == ["division by zero", ""]
+
+
+def test_what_was_timed_stays_if_the_reference_ends_later(tmp_path):
+    body = CASE.format(folder=str(tmp_path))
+    body += """
+apart = makers["keras gather"]
+def ends_the_reference():
+    os.kill(int(open(os.path.join(%r, "torch")).read()), 9)
+    return apart()
+makers["keras gather"] = ends_the_reference
+measured = measure(case, 2, lambda name: name != "wrong", time.perf_counter)
+print(sorted(measured["contenders"]), measured["failed"])
+"""
+    assert run(body % str(tmp_path)) == ["['keras', 'keras dense', 'keras gather', 'torch'] {}", ""]
