@@ -6,10 +6,12 @@ and corrected where Keras computes something else than PyTorch. All of them work
 
 import contextlib
 import contextvars
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
+import tensorflow as tf
 from keras import ops
 
 from neighborhood.attention_layer import check_layer, describe_input
@@ -188,6 +190,47 @@ class LayerNormalization(keras.layers.LayerNormalization):
     def __init__(self, features: int, epsilon: float):
         super().__init__(axis=-1, epsilon=epsilon)
         self.build((None, features))
+
+    def call(self, inputs, training=None):
+        if training or not _rows_in_products.get() or not _is_large_in_a_graph(inputs):
+            return super().call(inputs)
+        return _normalize_at_once(inputs, self.gamma, self.beta, self.epsilon)
+
+
+_FEWEST_AT_ONCE = 100_000  # elements: a map of 28x28 with 128 channels has as many
+
+
+def _is_large_in_a_graph(x) -> bool:
+    """Whether one operation pays: oneDNN prepares it anew in each call, which takes as long as some small ones."""
+    if not isinstance(x, tf.Tensor) or tf.executing_eagerly() or x.dtype != tf.float32:
+        return False
+    return math.prod(size or 1 for size in x.shape) >= _FEWEST_AT_ONCE
+
+
+def _normalize_at_once(x, gamma, beta, epsilon: float):
+    """Normalises the last axis in a form that TensorFlow computes as one operation, oneDNN's layer normalization.
+
+    It is that of Keras 2: rows are the channels of one image, whose batch is normalized, without scale and offset. The
+    form must reach TensorFlow's optimizer as it is, hence placeholders: what is known would be computed before, and
+    reshaping twice be made once.
+    """
+    features = x.shape[-1]
+    rows = tf.reshape(x, (-1, features))
+    rows = tf.raw_ops.PlaceholderWithDefault(input=rows, shape=rows.shape)
+    count = tf.raw_ops.PlaceholderWithDefault(input=tf.shape(rows)[:1], shape=(1,))
+    nothing = tf.constant([], x.dtype)
+    normalized = tf.raw_ops.FusedBatchNormV3(
+        x=tf.reshape(rows, (1, -1, features, 1)),
+        scale=tf.fill(count, tf.constant(1.0, x.dtype)),
+        offset=tf.fill(count, tf.constant(0.0, x.dtype)),
+        mean=nothing,
+        variance=nothing,
+        epsilon=epsilon,
+        data_format="NCHW",
+        is_training=True,
+    ).y
+    normalized = tf.reshape(normalized, tf.shape(rows)) * gamma + beta
+    return tf.reshape(normalized, tf.shape(x))
 
 
 class BatchNormalization(keras.layers.BatchNormalization):

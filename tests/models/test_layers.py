@@ -1,5 +1,10 @@
 """The Keras layers compute what torch's do, in float64."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import keras
 import numpy as np
 import pytest
@@ -12,6 +17,8 @@ from torch import nn
 import ptmodels.layers
 import tfmodels.layers
 from tfmodels.interpolation import resize_bicubic
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -189,6 +196,58 @@ def test_layer_normalization():
     ours, theirs = tfmodels.layers.LayerNormalization(6, epsilon=1e-6), nn.LayerNorm(6, eps=1e-6).double()
     x = 1e-3 * drawn(2, 5, 6)  # so small that the epsilon shows
     assert_same(ours(x), theirs(torch.from_numpy(x)))
+
+
+LARGE = """
+import numpy as np, platform, sys, tensorflow as tf, torch
+from benchmarks.profiles import profile_keras
+from tfmodels.layers import LayerNormalization
+known, onednn = eval(sys.argv[1]), sys.argv[2] == "1"
+shape = [size or 2 for size in known]
+layer = LayerNormalization(shape[-1], epsilon=1e-6)
+theirs = torch.nn.LayerNorm(shape[-1], eps=1e-6).double()
+generator = np.random.default_rng(0)
+for ours, parameter in zip(layer.weights, theirs.parameters(), strict=True):
+    values = generator.standard_normal(shape[-1]).astype(np.float32)
+    ours.assign(values)
+    parameter.data = torch.from_numpy(values.astype(float))
+x, grad = (generator.standard_normal(shape).astype(np.float32) + 1 for _ in range(2))
+
+@tf.function(input_signature=[tf.TensorSpec(known)])
+def normalized(x):
+    return layer(2.0 * x)
+
+@tf.function(input_signature=[tf.TensorSpec(known)] * 2)
+def gradients(x, grad):
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = layer(2.0 * x)
+    return tape.gradient(y, [x, *layer.trainable_variables], grad)
+
+inputs = torch.from_numpy(x.astype(float)).requires_grad_()
+wanted = theirs(2.0 * inputs)
+wanted_gradients = torch.autograd.grad(wanted, [inputs, *theirs.parameters()], torch.from_numpy(grad.astype(float)))
+ours, ours_gradients = normalized(x), gradients(x, grad)
+for value, other in zip([ours, *ours_gradients], [wanted, *wanted_gradients], strict=True):
+    other = other.detach().numpy()
+    error = np.abs(value - other).max() / np.sqrt(np.mean(np.square(other)))
+    assert error < 1e-5, error
+x[(0,) * (x.ndim - 1)] = np.nan
+assert np.isnan(normalized(x)).any(-1).sum() == 1 and np.isnan(normalized(x)).sum() == shape[-1]
+names = profile_keras(lambda: normalized(x))
+if onednn and platform.machine() == "x86_64":
+    assert "MklLayerNorm" in names and "Mean" not in names, names
+"""
+
+
+@pytest.mark.parametrize("onednn", ["1", "0"])
+@pytest.mark.parametrize("known", ["[3, 14, 14, 256]", "[None, 56, 56, 64]", "[520, 200]"])
+def test_large_layer_normalization_of_a_graph_is_one_operation(known, onednn):
+    """With and without what fuses it; in a process of its own, as TensorFlow decides at its start."""
+    environment = os.environ | {"TF_ENABLE_ONEDNN_OPTS": onednn}
+    command = [sys.executable, "-c", LARGE, known, onednn]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-7, 1e-13, 0.0])
