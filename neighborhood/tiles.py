@@ -139,6 +139,7 @@ class Tiles:
         outputs: (N,) where each position is among `queries`.
         slots: (T, Q, L) which key of a query's window a key is; negative where it is none.
         biases: (T, Q, L) where query and key look up the flattened bias table.
+        masked_biases: (T, Q, L) the same; one past the table's last where a key is outside of the query's window.
         picks: (T, Q, K) where the keys of a query's window are in the halo.
     """
 
@@ -177,6 +178,11 @@ class Tiles:
     @_once
     def biases(self) -> Any:
         return self._combine([(axis.biases, _per_key(axis), 2 * axis.kernel_size - 1) for axis in self.axes])
+
+    @_once
+    def masked_biases(self) -> Any:
+        table = _product(2 * axis.kernel_size - 1 for axis in self.axes)
+        return self._xp.where(self.slots < 0, 0 * self.slots + table, self.biases)
 
     @_once
     def picks(self) -> Any:

@@ -25,9 +25,16 @@ def neighborhood_attention(
     scale: float,
     dropout: Callable[[Tensor], Tensor] | None = None,
     return_probabilities: bool = False,
+    may_look: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """As `ptmodels.ops.neighborhood_attention`, of checked arguments."""
+    """As `ptmodels.ops.neighborhood_attention`, of checked arguments.
+
+    With `may_look` it may look at their values to find a faster way, which has no gradients.
+    """
     tiles = _tiles(query, kernel_size, dilation)
+    may_be_fused = may_look and dropout is None and not return_probabilities and query.numel() > 0
+    if may_be_fused and _can_be_masked_by_adding(query, key, value, rel_pos_bias, scale):
+        return _fused(query, key, value, tiles, rel_pos_bias, scale)
     logits = _logits(scale * query, key, tiles, rel_pos_bias)  # (B, T, heads, Q, L)
     inside = _index_on(tiles.slots, query)[:, None] >= 0
     logits = torch.where(inside, logits, torch.finfo(logits.dtype).min)
@@ -38,6 +45,47 @@ def neighborhood_attention(
     if not return_probabilities:
         return output
     return output, _in_windows(probabilities, query, tiles)
+
+
+def _computed_in(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+
+
+def _can_be_masked_by_adding(
+    query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None, scale: float
+) -> bool:
+    """Whether minus infinity, added, keeps a key out: not where a product is infinite or not a number."""
+    tensors = [query, key, value] if rel_pos_bias is None else [query, key, value, rel_pos_bias]
+    # no product is larger than that of all numbers' norms, and these are not finite where a number is not
+    norms = [torch.linalg.vector_norm(x, dtype=_computed_in(x)).item() for x in tensors]
+    return abs(scale) * norms[0] * norms[1] < 1e30 and all(norm < 1e30 for norm in norms)
+
+
+def _fused(
+    query: Tensor, key: Tensor, value: Tensor, tiles: Tiles, rel_pos_bias: Tensor | None, scale: float
+) -> Tensor:
+    """By torch's own fused attention, which keeps no logits, sample by sample: all of them share one mask."""
+    mask = _added_mask(rel_pos_bias, query, tiles)
+    outputs = []
+    for sample in zip(query.split(1), key.split(1), value.split(1), strict=True):
+        query_tiles = _split(sample[0], tiles.queries, tiles.tiles, tiles.tile)[0]
+        key_tiles, value_tiles = (_split(x, tiles.keys, tiles.tiles, tiles.halo)[0] for x in sample[1:])
+        output = torch.nn.functional.scaled_dot_product_attention(
+            query_tiles, key_tiles, value_tiles, attn_mask=mask, scale=scale
+        )
+        outputs.append(_join(output[None], sample[0], tiles))
+    return torch.cat(outputs)
+
+
+def _added_mask(rel_pos_bias: Tensor | None, query: Tensor, tiles: Tiles) -> Tensor:
+    """The bias, and minus infinity for keys outside of a query's window: (T, heads or 1, Q, L)."""
+    if rel_pos_bias is None:
+        mask = query.new_zeros(tiles.slots.shape, dtype=_computed_in(query))
+        return mask.masked_fill_(_index_on(tiles.slots, query) < 0, -torch.inf)[:, None]
+    table = rel_pos_bias.flatten(1).to(_computed_in(query))
+    table = torch.nn.functional.pad(table, (0, 1), value=-torch.inf)
+    entries = _index_on(tiles.masked_biases, query)
+    return table.index_select(1, entries.flatten()).unflatten(1, entries.shape).transpose(0, 1)
 
 
 def window_logits(
@@ -147,8 +195,7 @@ def _logits(query: Tensor, key: Tensor, tiles: Tiles, rel_pos_bias: Tensor | Non
     query = _split(query, tiles.queries, tiles.tiles, tiles.tile)
     key = _split(key, tiles.keys, tiles.tiles, tiles.halo)
     logits = torch.matmul(query, key.transpose(-1, -2))
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
+    logits = logits.to(_computed_in(logits))
     if rel_pos_bias is not None:
         logits = logits + _bias(rel_pos_bias, tiles).to(logits.dtype)
     return logits

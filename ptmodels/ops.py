@@ -13,6 +13,7 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from neighborhood import native
 from neighborhood.arguments import check_arguments
@@ -34,6 +35,11 @@ except ImportError:  # not of the public interface
 
     def _is_dispatch_watched() -> bool:
         return True
+
+
+def _has_tangents() -> bool:
+    """Whether forward-mode derivatives may be asked for: within `torch.autograd.forward_ad.dual_level`."""
+    return getattr(forward_ad, "_current_level", -1) >= 0  # not of the public interface
 
 
 _DTYPES = {getattr(torch, name): name for name in native.DTYPES}
@@ -182,12 +188,14 @@ def _attend(
             return "ONNX has no such operator"
         if not torch.compiler.is_compiling() and _is_transformed():
             return "torch.func transforms torch's own operations"
+        if not torch.compiler.is_compiling() and _has_tangents():
+            return "forward-mode derivatives are those of torch's own operations"
         return None
 
     if choose(implementation, _why_unavailable(), obstacle) == "native":
         bias = None if rel_pos_bias is None else rel_pos_bias.to(query.dtype)
         if _is_plain(query, key, value, bias):
-            if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, bias)):
+            if _needs_gradients(query, key, value, bias):
                 if qkv is not None:
                     return _PackedAttention.apply(qkv.contiguous(), bias, *sizes, scale)
                 return _Attention.apply(query, key, value, bias, *sizes, scale)
@@ -199,6 +207,11 @@ def _attend(
         scale=scale,
         dropout=dropout,
         return_probabilities=return_probabilities,
+        may_look=query.device.type == "cpu"  # another device would wait for it
+        and _is_plain(query, key, value, rel_pos_bias)
+        and not _is_transformed()
+        and not _has_tangents()
+        and not _needs_gradients(query, key, value, rel_pos_bias),
     )
 
 
@@ -233,6 +246,10 @@ def _is_plain(*tensors: Tensor | None) -> bool:
         or (type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided and not tensor.is_neg())
         for tensor in tensors
     )
+
+
+def _needs_gradients(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 class _Attention(torch.autograd.Function):

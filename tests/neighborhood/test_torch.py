@@ -6,7 +6,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from definition import draw
+from definition import ROUNDING, assert_close, attention_and_gradients, draw
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from neighborhood import native, reference
@@ -257,6 +258,100 @@ def test_kernels_run_on_torchs_threads_and_in_forked_children_on_their_own():
     openmp, started, status, same = done.stdout.split() or [done.stderr]
     assert status == "0" and same == "True"
     assert openmp == "False" or started == "0"
+
+
+@pytest.fixture
+def fused_calls(monkeypatch):
+    calls = []
+    fused = torch.nn.functional.scaled_dot_product_attention
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return fused(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    return calls
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "shape, kernel_size, dilation",
+    [
+        ((3, 11, 14, 2, 8), (5, 3), (1, 2)),
+        ((1, 40, 2, 5), (7,), (3,)),
+        ((2, 5, 6, 7, 1, 4), (3, 2, 3), (1, 2, 1)),
+        ((2, 7, 7, 3, 16), (7, 7), (1, 1)),
+    ],
+)
+def test_composed_attention_without_gradients_is_torchs_fused_one(
+    fused_calls, shape, kernel_size, dilation, dtype, biased
+):
+    *arrays, _, table = draw(1, shape, kernel_size, biased, dtype)
+    expected = attention_and_gradients(*arrays, arrays[0], table, kernel_size, dilation)[:1]
+    inputs = [
+        None if x is None else torch.tensor(x.astype("float64")).to(getattr(torch, dtype)) for x in (*arrays, table)
+    ]
+    output = neighborhood_attention(
+        *inputs[:3], kernel_size, dilation, rel_pos_bias=inputs[3], implementation="composed"
+    )
+    assert len(fused_calls) == shape[0] and output.dtype == inputs[0].dtype
+    bound = {"float64": 1e-12, "float32": 5e-6}.get(dtype) or 20 * ROUNDING[dtype]  # probabilities are rounded too
+    assert_close([output.double().numpy()], expected, bound)
+
+
+@pytest.mark.parametrize(
+    "change", ["gradients", "dropout", "probabilities", "infinity", "large", "large bias", "no samples", "vmap"]
+)
+def test_composed_attention_is_not_fused_where_that_gives_something_else(fused_calls, change):
+    query, key, value, bias = (x.detach() for x in tensors((1, 9, 8, 2, 5)))
+    options = {}
+    if change == "gradients":
+        bias.requires_grad_()
+    elif change == "dropout":
+        options["dropout"] = lambda x: x
+    elif change == "probabilities":
+        options["return_probabilities"] = True
+    elif change == "infinity":
+        key[0, 0, 0] = torch.inf
+    elif change == "large":  # the first key's products overflow, for queries that do not see it too
+        key[0, 0, 0], query[:] = 1e200, 1e200
+    elif change == "large bias":
+        bias[0, 0, 0] = 1e300
+    elif change == "no samples":
+        query, key, value = query[:0], key[:0], value[:0]
+
+    def attention(*inputs):
+        return neighborhood_attention(*inputs, (3, 2), rel_pos_bias=bias, implementation="composed", **options)
+
+    if change == "vmap":
+        output = torch.func.vmap(attention)(query[None], key[None], value[None])[0]
+    else:
+        output = attention(query, key, value)
+    output = output[0] if change == "probabilities" else output
+    assert not fused_calls
+    if change == "no samples":
+        return
+    with np.errstate(all="ignore"):
+        expected = reference.neighborhood_attention(
+            query.numpy(), key.numpy(), value.numpy(), (3, 2), rel_pos_bias=bias.detach().numpy()
+        )
+    np.testing.assert_allclose(output.detach().numpy(), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("implementation", ["auto", "composed"])
+def test_forward_mode_derivatives_are_found(implementation):
+    query, key, value, bias = (x.detach() for x in tensors())
+    tangent = torch.rand_like(query)
+
+    def attention(query):
+        return neighborhood_attention(query, key, value, (3, 2), rel_pos_bias=bias, implementation=implementation)
+
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(attention(forward_ad.make_dual(query, tangent))).tangent
+        with pytest.raises(RuntimeError, match="cannot be had: forward-mode derivatives"):
+            neighborhood_attention(query, key, value, (3, 2), implementation="native")
+    torch.testing.assert_close(found, torch.func.jvp(attention, (query,), (tangent,))[1])
 
 
 def test_other_devices_take_the_composed_implementation():
