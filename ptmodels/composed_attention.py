@@ -25,16 +25,9 @@ def neighborhood_attention(
     scale: float,
     dropout: Callable[[Tensor], Tensor] | None = None,
     return_probabilities: bool = False,
-    may_look: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """As `ptmodels.ops.neighborhood_attention`, of checked arguments.
-
-    With `may_look` it may look at their values to find a faster way, which has no gradients.
-    """
+    """As `ptmodels.ops.neighborhood_attention`, of checked arguments."""
     tiles = _tiles(query, kernel_size, dilation)
-    may_be_fused = may_look and dropout is None and not return_probabilities and query.numel() > 0
-    if may_be_fused and _can_be_masked_by_adding(query, key, value, rel_pos_bias, scale):
-        return _fused(query, key, value, tiles, rel_pos_bias, scale)
     logits = _logits(scale * query, key, tiles, rel_pos_bias)  # (B, T, heads, Q, L)
     inside = _index_on(tiles.slots, query)[:, None] >= 0
     logits = torch.where(inside, logits, torch.finfo(logits.dtype).min)
@@ -51,20 +44,29 @@ def _computed_in(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
 
 
-def _can_be_masked_by_adding(
-    query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None, scale: float
-) -> bool:
-    """Whether minus infinity, added, keeps a key out: not where a product is infinite or not a number."""
+def can_be_fused(query: Tensor, key: Tensor, value: Tensor, *, rel_pos_bias: Tensor | None, scale: float) -> bool:
+    """Whether `fused_attention` gives the same, which asks for the numbers themselves.
+
+    Its mask is added, and that keeps a key out unless its product is infinite or not a number.
+    """
     tensors = [query, key, value] if rel_pos_bias is None else [query, key, value, rel_pos_bias]
     # no product is larger than that of all numbers' norms, and these are not finite where a number is not
     norms = [torch.linalg.vector_norm(x, dtype=_computed_in(x)).item() for x in tensors]
-    return abs(scale) * norms[0] * norms[1] < 1e30 and all(norm < 1e30 for norm in norms)
+    return query.numel() > 0 and abs(scale) * norms[0] * norms[1] < 1e30 and all(norm < 1e30 for norm in norms)
 
 
-def _fused(
-    query: Tensor, key: Tensor, value: Tensor, tiles: Tiles, rel_pos_bias: Tensor | None, scale: float
+def fused_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: Sequence[int],
+    dilation: Sequence[int],
+    *,
+    rel_pos_bias: Tensor | None,
+    scale: float,
 ) -> Tensor:
-    """By torch's own fused attention, which keeps no logits, sample by sample: all of them share one mask."""
+    """The same by torch's own fused attention, which keeps no logits; sample by sample, as all share one mask."""
+    tiles = _tiles(query, kernel_size, dilation)
     mask = _added_mask(rel_pos_bias, query, tiles)
     outputs = []
     for sample in zip(query.split(1), key.split(1), value.split(1), strict=True):

@@ -201,17 +201,18 @@ def _attend(
                 return _Attention.apply(query, key, value, bias, *sizes, scale)
             return _forward(query, key, value, bias, *sizes, scale, keeps_logsumexp=False)[0]
         return _attention(query, key, value, bias, *map(list, sizes), scale)[0]
+    arguments = (query, key, value, *sizes)
+    may_be_fused = dropout is None and not return_probabilities and not _needs_gradients(*arguments[:3], rel_pos_bias)
+    if may_be_fused and query.device.type == "cpu":  # another device would wait for the numbers
+        is_plain = _is_plain(query, key, value, rel_pos_bias) and not _is_transformed() and not _has_tangents()
+        if is_plain and composed_attention.can_be_fused(*arguments[:3], rel_pos_bias=rel_pos_bias, scale=scale):
+            return composed_attention.fused_attention(*arguments, rel_pos_bias=rel_pos_bias, scale=scale)
     return composed_attention.neighborhood_attention(
-        *(query, key, value, *sizes),
+        *arguments,
         rel_pos_bias=rel_pos_bias,
         scale=scale,
         dropout=dropout,
         return_probabilities=return_probabilities,
-        may_look=query.device.type == "cpu"  # another device would wait for it
-        and _is_plain(query, key, value, rel_pos_bias)
-        and not _is_transformed()
-        and not _has_tangents()
-        and not _needs_gradients(query, key, value, rel_pos_bias),
     )
 
 
