@@ -192,9 +192,50 @@ class LayerNormalization(keras.layers.LayerNormalization):
         self.build((None, features))
 
     def call(self, inputs, training=None):
-        if training or not _rows_in_products.get() or not _is_large_in_a_graph(inputs):
+        is_tensor = isinstance(inputs, tf.Tensor) and inputs.dtype in (tf.float32, tf.float64)
+        if not is_tensor or not _rows_in_products.get():
             return super().call(inputs)
-        return _normalize_at_once(inputs, self.gamma, self.beta, self.epsilon)
+        normalize = _normalize
+        if training:
+            normalize = _normalize_for_training
+        elif _is_large_in_a_graph(inputs):
+            normalize = _normalize_at_once
+        return normalize(inputs, self.gamma, self.beta, self.epsilon)
+
+
+def _normalize(x, gamma, beta, epsilon: float):
+    """Normalises the last axis; TensorFlow's own moments have wrong second derivatives."""
+    normalized, _ = _standardize(x, epsilon)
+    return normalized * gamma + beta
+
+
+def _standardize(x, epsilon: float):
+    """Returns x with mean 0 and variance 1 along the last axis, and the factor that it was multiplied with."""
+    centered = x - tf.reduce_mean(x, axis=-1, keepdims=True)
+    inverse = tf.math.rsqrt(tf.reduce_mean(tf.square(centered), axis=-1, keepdims=True) + epsilon)
+    return centered * inverse, inverse
+
+
+def _normalize_for_training(x, gamma, beta, epsilon: float):
+    """Normalises the last axis, with gradients in fewer passes over the map than TensorFlow derives."""
+    features = x.shape[-1]
+
+    @tf.custom_gradient
+    def normalize(rows, gamma, beta):
+        normalized, inverse = _standardize(rows, epsilon)
+
+        def gradient(grad):
+            products = grad * normalized
+            weights = tf.expand_dims(gamma / features, -1)  # of means over a row, as matrix products
+            means = tf.matmul(grad, weights), tf.matmul(products, weights)
+            grad_rows = (grad * gamma - means[0] - normalized * means[1]) * inverse
+            return grad_rows, tf.reduce_sum(products, axis=0), tf.reduce_sum(grad, axis=0)
+
+        return normalized * gamma + beta, gradient
+
+    rows = tf.reshape(x, (-1, features))
+    y = normalize(rows, tf.convert_to_tensor(gamma), tf.convert_to_tensor(beta))
+    return tf.reshape(y, tf.shape(x))
 
 
 _FEWEST_AT_ONCE = 100_000  # elements: a map of 28x28 with 128 channels has as many
@@ -202,7 +243,7 @@ _FEWEST_AT_ONCE = 100_000  # elements: a map of 28x28 with 128 channels has as m
 
 def _is_large_in_a_graph(x) -> bool:
     """Whether one operation pays: oneDNN prepares it anew in each call, which takes as long as some small ones."""
-    if not isinstance(x, tf.Tensor) or tf.executing_eagerly() or x.dtype != tf.float32:
+    if tf.executing_eagerly() or x.dtype != tf.float32:
         return False
     return math.prod(size or 1 for size in x.shape) >= _FEWEST_AT_ONCE
 

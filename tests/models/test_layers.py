@@ -198,6 +198,75 @@ def test_layer_normalization():
     assert_same(ours(x), theirs(torch.from_numpy(x)))
 
 
+def derivatives_of_layer_normalization(layer, x, grad, direction, training):
+    """First derivatives, and those of a function of them."""
+    with tf.GradientTape() as outer:
+        outer.watch((x, grad))
+        with tf.GradientTape() as inner:
+            inner.watch(x)
+            y = layer(x, training=training)
+        first = inner.gradient(y, [x, *layer.trainable_variables], grad)
+        total = tf.reduce_sum(first[0] * direction) + sum(tf.reduce_sum(tf.square(each)) for each in first[1:])
+    return y, *first, *outer.gradient(total, [x, grad, layer.trainable_variables[0]])
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 6), (4, 6), (2, 3, 2, 6)])
+@pytest.mark.parametrize("known", [True, False], ids=["known", "unknown"])
+@pytest.mark.parametrize("jit_compile", [None, False, True], ids=["eager", "graph", "xla"])
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_derivatives_of_layer_normalization(shape, known, jit_compile, training):
+    ours, theirs = tfmodels.layers.LayerNormalization(6, epsilon=1e-3), nn.LayerNorm(6, eps=1e-3).double()
+    for seed, (variable, parameter) in enumerate(zip(ours.weights, theirs.parameters(), strict=True), start=1):
+        variable.assign(drawn(6, seed=seed))
+        parameter.data = torch.from_numpy(drawn(6, seed=seed))
+    x, grad, direction = (drawn(*shape, seed=seed) for seed in (3, 4, 5))
+    x *= 0.1
+
+    def call(*inputs):
+        return derivatives_of_layer_normalization(ours, *inputs, training)
+
+    if jit_compile is not None:
+        signature = [tf.TensorSpec(shape if known else [None] * (len(shape) - 1) + [6], tf.float64)] * 3
+        call = tf.function(call, input_signature=signature, jit_compile=jit_compile)
+    inputs, grads = (torch.from_numpy(each).requires_grad_() for each in (x, grad))
+    y = theirs(inputs)
+    first = torch.autograd.grad(y, [inputs, *theirs.parameters()], grads, create_graph=True)
+    total = (first[0] * torch.from_numpy(direction)).sum() + sum(each.square().sum() for each in first[1:])
+    wanted = y, *first, *torch.autograd.grad(total, [inputs, grads, theirs.weight])
+    for value, other in zip(call(*map(tf.constant, (x, grad, direction))), wanted, strict=True):
+        np.testing.assert_allclose(value, other.detach(), rtol=1e-12, atol=1e-11)
+
+
+def test_gradients_of_layer_normalization_in_training_are_its_own():
+    layer = tfmodels.layers.LayerNormalization(6, epsilon=1e-6)
+
+    def operations(training):
+        @tf.function
+        def gradients(x):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = layer(x, training=training)
+            return tape.gradient(y, x)
+
+        concrete = gradients.get_concrete_function(tf.TensorSpec((2, 5, 6), tf.float64))
+        return {operation.type for operation in concrete.graph.get_operations()}
+
+    assert "MatMul" in operations(training=True) and "Tile" not in operations(training=True)
+    assert "MatMul" not in operations(training=False)
+
+
+def test_layer_normalization_in_training_keeps_half_types_and_no_samples():
+    for dtype in ("mixed_float16", "mixed_bfloat16", "float32", "float64"):
+        keras.config.set_dtype_policy(dtype)
+        layer = tfmodels.layers.LayerNormalization(6, epsilon=1e-6)
+        x = tf.cast(drawn(2, 5, 6) + 3.0, layer.compute_dtype)
+        y = layer(x, training=True)
+        assert y.dtype == x.dtype
+        tolerance = 1e-13 if dtype == "float64" else 1e-5 if dtype == "float32" else 3e-2
+        np.testing.assert_allclose(tf.cast(y, "float64"), tf.cast(layer(x), "float64"), rtol=tolerance, atol=tolerance)
+        assert layer(x[:0], training=True).shape == (0, 5, 6)
+
+
 LARGE = """
 import numpy as np, platform, sys, tensorflow as tf, torch
 from benchmarks.profiles import profile_keras
