@@ -204,7 +204,7 @@ class LayerNormalization(keras.layers.LayerNormalization):
 
 
 def _normalize(x, gamma, beta, epsilon: float):
-    """Normalises the last axis; TensorFlow's own moments have wrong second derivatives."""
+    """Normalises the last axis. Keras' moments hold the mean constant in the variance: second derivatives are wrong."""
     normalized, _ = _standardize(x, epsilon)
     return normalized * gamma + beta
 
@@ -305,7 +305,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
         if num_replicas() > 1:
             mean, variance, count = moments_of_all_replicas(inputs, axes=(0, 1, 2))
         else:
-            mean, variance = self._moments(inputs, None)
+            # Keras' moments hold the mean constant in the variance, which second derivatives notice
+            mean = ops.mean(inputs, axis=(0, 1, 2))
+            variance = ops.mean(tf.math.squared_difference(inputs, mean), axis=(0, 1, 2))
             count = ops.cast(ops.prod(ops.stack(ops.shape(inputs)[:-1])), inputs.dtype)
         unbiased = variance * (count / ops.maximum(count - 1, ops.ones_like(count)))
         for statistic, value in ((self.moving_mean, mean), (self.moving_variance, unbiased)):

@@ -112,16 +112,25 @@ def test_batch_normalization_follows_the_statistics_of_torch(jit_compile):
     assert_same(np.moveaxis(np.asarray(ours(x, training=False)), -1, 1), theirs.eval()(channels_first(x)))
 
 
-def test_gradients_flow_through_the_statistics_of_the_batch():
+def test_derivatives_flow_through_the_statistics_of_the_batch():
     ours, theirs = batch_norms()
-    x, weights = drawn(2, 3, 2, 4), drawn(2, 3, 2, 4, seed=5)
-    variable, tensor = tf.Variable(x), channels_first(x).requires_grad_()
-    with tf.GradientTape() as tape:
-        loss = tf.reduce_sum(ours(variable.value(), training=True) * weights)
-    gradients = tape.gradient(loss, [variable, ours.gamma.value])
-    (theirs(tensor) * channels_first(weights)).sum().backward()
-    assert_same(np.moveaxis(gradients[0].numpy(), -1, 1), tensor.grad)
-    assert_same(gradients[1], theirs.weight.grad)
+    x, weights, direction = (drawn(2, 3, 2, 4, seed=seed) for seed in (0, 5, 6))
+    inputs, tensor = tf.constant(x), channels_first(x).requires_grad_()
+    with tf.GradientTape() as outer:
+        outer.watch(inputs)
+        with tf.GradientTape() as inner:
+            inner.watch(inputs)
+            loss = tf.reduce_sum(ours(inputs, training=True) * weights)
+        first = inner.gradient(loss, [inputs, ours.gamma.value])
+        total = tf.reduce_sum(first[0] * direction) + tf.reduce_sum(tf.square(first[1]))
+    wanted = torch.autograd.grad(
+        (theirs(tensor) * channels_first(weights)).sum(), [tensor, theirs.weight], create_graph=True
+    )
+    wanted_total = (wanted[0] * channels_first(direction)).sum() + wanted[1].square().sum()
+    assert_same(np.moveaxis(first[0].numpy(), -1, 1), wanted[0])
+    assert_same(first[1], wanted[1])
+    second = outer.gradient(total, inputs).numpy()
+    assert_same(np.moveaxis(second, -1, 1), torch.autograd.grad(wanted_total, tensor)[0], atol=1e-12)
 
 
 def test_frozen_batch_normalization_stays_in_inference():
